@@ -1,0 +1,106 @@
+# Train and sample a class-conditional diffusion model. `make` alone prints help.
+#
+# Without PYTHON= every target prepares .venv first; with it that interpreter is used as it is.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+# The interpreter that creates .venv and runs what needs no packages.
+BASE_PYTHON ?= python3
+
+ifdef PYTHON
+  ENVIRONMENT := check-python
+  TEST_ENVIRONMENT := check-python
+else
+  PYTHON := .venv/bin/python
+  ENVIRONMENT := .venv/.installed
+  TEST_ENVIRONMENT := .venv/.installed-dev
+endif
+
+# Variables become flags; a value may hold spaces. ARGS= hands on anything else.
+flag = $(if $(value $(1)),$(2) '$(subst ','\'',$(value $(1)))')
+TRAIN_FLAGS = $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
+  $(call flag,EPOCHS,--epochs) $(call flag,BATCH_SIZE,--batch-size) $(call flag,SEED,--seed) \
+  $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(if $(FRESH),--fresh) $(ARGS)
+GENERATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,SAMPLES,--samples) \
+  $(call flag,CLASSES,--classes) $(call flag,GUIDANCE,--guidance) $(call flag,STEPS,--steps) \
+  $(call flag,SEED,--seed) $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
+CLEAN_FLAGS = $(if $(filter yes,$(CONFIRM)),--yes)
+
+.PHONY: help install demo data train overfit test quick-test generate status monitor gpu-status \
+  check clean clean-all clean-cuda check-python
+
+help:  ## This list
+	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14 | sed 's/^/  /'
+	@echo
+	@echo "variables: DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES CLASSES GUIDANCE STEPS SEED"
+	@echo "           CHECKPOINT DEVICE FRESH=1 CONFIRM=yes PYTHON (use this interpreter as it is)"
+	@echo "           ARGS='--train.learning_rate 3e-4' (any setting; python train_model.py --help)"
+
+install: $(ENVIRONMENT)  ## Create .venv and install requirements.txt; repeated: nothing to do
+	@echo "ready: $(PYTHON)"
+
+demo: $(ENVIRONMENT)  ## The whole product on a laptop CPU, offline: train small, draw a grid
+	@$(PYTHON) train_model.py --demo $(TRAIN_FLAGS)
+	@$(PYTHON) generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo
+	@echo "next: 'make overfit' checks the full model, 'make train' trains it, 'make help' lists more"
+
+data: $(ENVIRONMENT)  ## Find or download CIFAR-10 and prepare it
+	@$(PYTHON) prepare_data.py $(call flag,DATA_DIR,--data-dir) $(ARGS)
+
+train: $(ENVIRONMENT)  ## Full training; continues the run that is there
+	@$(PYTHON) train_model.py --full $(TRAIN_FLAGS)
+
+overfit: $(ENVIRONMENT)  ## Memorise SAMPLES images per class (1), with a pass/fail verdict
+	@$(PYTHON) train_model.py --overfit $(TRAIN_FLAGS)
+
+test: overfit  ## The same as overfit (the test suite is: make check)
+
+quick-test: $(ENVIRONMENT)  ## Two epochs of overfit: a smoke run of everything
+	@$(PYTHON) train_model.py --quick-test $(TRAIN_FLAGS)
+
+generate: $(ENVIRONMENT)  ## Pictures and a labelled grid from the newest usable checkpoint
+	@$(PYTHON) generate_samples.py $(GENERATE_FLAGS)
+
+status:  ## Training state and the checkpoints that exist
+	@$(BASE_PYTHON) run_status.py status
+
+monitor:  ## Live view of the run and the GPU
+	@$(BASE_PYTHON) run_status.py monitor
+
+gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
+	@$(PYTHON) run_status.py gpu-status
+
+check: $(TEST_ENVIRONMENT)  ## The test suite
+	@$(PYTHON) -m pytest -q tests $(ARGS)
+
+clean:  ## Remove runs and generated pictures, listing them first (CONFIRM=yes: without asking)
+	@$(BASE_PYTHON) clean.py runs $(CLEAN_FLAGS)
+
+clean-all:  ## The same, prepared data, caches and .venv
+	@$(BASE_PYTHON) clean.py all $(CLEAN_FLAGS)
+
+clean-cuda:  ## Show who holds GPU memory, clear compile and kernel caches
+	@$(BASE_PYTHON) clean.py cuda $(CLEAN_FLAGS)
+
+.venv/bin/python:
+	@echo "creating .venv with $(BASE_PYTHON)"
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another: BASE_PYTHON=python3.12" >&2; exit 1; }
+	@$(BASE_PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "error: cannot create .venv; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+.venv/.installed: requirements.txt | .venv/bin/python
+	@echo "installing requirements.txt into .venv (PyTorch is large: minutes)"
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt || { \
+	  echo "error: the installation failed; with packages of your own use PYTHON=python3" >&2; exit 1; }
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+check-python:
+	@$(PYTHON) -c 'import importlib.util as u, sys; m = [p for p in \
+	  ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL") if not u.find_spec(p)]; \
+	  sys.exit("error: $(PYTHON) lacks " + ", ".join(m) + "; install requirements.txt there or leave PYTHON= out" if m else 0)'

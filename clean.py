@@ -1,0 +1,86 @@
+"""Remove what the product made: `make clean`, `make clean-all`, `make clean-cuda`.
+
+Lists everything with its size before it goes, asks where a full run is among it, and refuses while
+a run is alive. Downloads and pictures that the user put into data/ are never touched.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from training_monitor import RUN_DIRECTORIES, RunInUse, refuse_second_run
+
+RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[0-9]*",
+        "checkpoints_overfit_[0-9]*", "checkpoints_demo_[0-9]*", "generated_images")  # fmt: skip
+CACHES = ("data/prepared", ".venv", ".pytest_cache", "**/__pycache__")
+CUDA_CACHES = (Path.home() / ".nv" / "ComputeCache", Path.home() / ".triton" / "cache")
+
+
+def size_mib(path: Path) -> float:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.lstat().st_size for f in files if f.is_symlink() or f.is_file()) / 2**20
+
+
+def existing(patterns: tuple[str, ...]) -> list[Path]:
+    """What matches, without what lies inside another match."""
+    found = sorted({path for pattern in patterns for path in Path().glob(pattern)})
+    return [path for path in found if not any(parent in found for parent in path.parents)]
+
+
+def remove(paths: list[Path], *, ask: bool) -> int:
+    if not paths:
+        print("nothing to remove")
+        return 0
+    for path in paths:
+        print(f"{size_mib(path):10.1f} MiB  {path}")
+    if ask:
+        if not sys.stdin.isatty():
+            sys.exit("error: checkpoints of a full run are among these; say CONFIRM=yes")
+        if input("remove them, checkpoints of a full run included? [y/N] ").strip().lower() != "y":
+            print("nothing was removed")
+            return 1
+    for path in paths:
+        # A link is removed, never what it points to.
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+    print(f"removed {len(paths)} entries")
+    return 0
+
+
+def clean_cuda() -> int:
+    """Show the processes on the GPU; remove kernel and compile caches, which come back by use."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv"]
+    try:
+        print(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        print("no NVIDIA driver answers, so no process holds GPU memory that could be shown")
+    print("memory held by other processes is theirs: it comes back when they end")
+    # Inductor's default place; getpass would fail for users without a passwd entry.
+    inductor = Path(os.environ.get("TMPDIR", "/tmp"), f"torchinductor_{os.environ.get('USER', 'root')}")
+    return remove([path for path in (*CUDA_CACHES, inductor) if path.exists()], ask=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("runs", "all", "cuda"), help="what to remove")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    args = parser.parse_args()
+    if args.what == "cuda":
+        return clean_cuda()
+    try:
+        for folder in RUN_DIRECTORIES.values():
+            refuse_second_run(folder)
+    except RunInUse as error:
+        sys.exit(f"error: {error}")
+    patterns = RUNS + (CACHES if args.what == "all" else ())
+    paths = existing(patterns)
+    full_run = any(path.name.startswith("checkpoints") and list(path.glob("checkpoint_*.pt"))
+                   and not path.name.startswith(("checkpoints_overfit", "checkpoints_demo"))
+                   for path in paths)  # fmt: skip
+    return remove(paths, ask=full_run and not args.yes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

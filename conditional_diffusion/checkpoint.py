@@ -1,0 +1,123 @@
+"""Writing, checking, finding and reading checkpoints.
+
+A checkpoint is one torch file: a dict of tensors and plain values, written to a temporary name,
+flushed to disk and renamed, so that a file with a checkpoint's name is always complete.
+"""
+
+import errno
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+FORMAT = "conditional_diffusion"
+FORMAT_VERSION = 1
+REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizer"}
+NAME = re.compile(r"checkpoint_(\d{8})\.pt")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read; the message names the file and the cure."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return Path(folder) / f"checkpoint_{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; an absent folder has none."""
+    paths = Path(folder).glob("checkpoint_*.pt")
+    return sorted(path for path in paths if NAME.fullmatch(path.name))
+
+
+def save_checkpoint(folder: Path, state: dict, *, keep: int) -> Path:
+    """Write state as the checkpoint of state["step"], then prune to the `keep` newest.
+
+    Raises CheckpointError where it cannot be written; older checkpoints are then untouched.
+    """
+    path = checkpoint_path(folder, state["step"])
+    unfinished = path.with_suffix(".tmp")
+    state = {"format": FORMAT, "version": FORMAT_VERSION, "torch": torch.__version__, **state}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a failed write as RuntimeError, with the cause in its context.
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(write_failure(path, error)) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def write_failure(path: Path, error: Exception) -> str:
+    """One sentence on why path could not be written."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    folder = path.parent
+    if getattr(cause, "errno", None) == errno.ENOSPC:
+        free = shutil.disk_usage(folder).free / 2**20
+        return (
+            f"cannot write {path}: the disk is full ({free:.0f} MiB free); free some space and "
+            "run the same command again. Earlier checkpoints are intact"
+        )
+    reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+    return f"cannot write {path}: {reason}; check the folder's permissions and its disk"
+
+
+def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
+    """Read and check one checkpoint.
+
+    Raises CheckpointError for a missing or damaged file, for a torch file that is something else
+    and for a format version this code does not know. Nothing in the file is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist or is not a file; check the path")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint; use another one (`make status` lists them)"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is a torch file, but not a checkpoint of this program; "
+            "`make status` lists those that are"
+        )
+    if state["version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {state['version']}; this program reads {FORMAT_VERSION}"
+        )
+    if missing := REQUIRED_KEYS - state.keys():
+        raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def load_newest(
+    folders: list[Path], *, device: str | torch.device = "cpu", warn: Callable[[str], None]
+) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint of the first folder that has one, or None.
+
+    Each damaged one passed over is reported to `warn`.
+    """
+    for folder in folders:
+        for path in reversed(list_checkpoints(folder)):
+            try:
+                return path, load_checkpoint(path, device=device)
+            except CheckpointError as error:
+                warn(f"{error}; trying an older one")
+    return None

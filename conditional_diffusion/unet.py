@@ -1,0 +1,213 @@
+"""The U-Net: predicts the training target from a noisy image, its timestep and its class.
+
+The trunk works on patches: an orthonormal transform turns every p x p pixel patch into p * p
+frequency coefficients per colour, so that a 128x128 image enters as a 32x32 grid (p = 4). Depth then
+sits at 32, 16 and 8, where the information of an enlarged 32x32 picture is.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal features (B, dim) of timesteps (B,), Vaswani et al. 2017, sec. 3.5. dim is even."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def patch_basis(patch_size: int) -> Tensor:
+    """Orthonormal two-dimensional DCT-II basis (p * p, 1, p, p): first the mean, then detail."""
+    n = torch.arange(patch_size, dtype=torch.float64)
+    cosines = torch.cos(math.pi / patch_size * (n[None] + 0.5) * n[:, None])
+    cosines *= math.sqrt(2 / patch_size)
+    cosines[0] /= math.sqrt(2)
+    basis = torch.einsum("ui,vj->uvij", cosines, cosines)
+    return basis.reshape(patch_size**2, 1, patch_size, patch_size).float()
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with its parameters at zero, so that its branch starts as "no change"."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels // 4 or 1), channels)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with scale-shift conditioning (Dhariwal & Nichol 2021, sec. 3)."""
+
+    def __init__(self, in_channels: int, out_channels: int, cond_dim: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.condition = nn.Linear(cond_dim, 2 * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B, C_in, H, W), cond (B, cond_dim) -> (B, C_out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.condition(cond)[:, :, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(x) + h
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over all positions of a feature map, with a residual."""
+
+    def __init__(self, channels: int, head_channels: int = 64):
+        super().__init__()
+        self.num_heads = max(1, channels // head_channels)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> same shape."""
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.num_heads, C // self.num_heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, H * W, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class Stage(nn.Module):
+    """A residual block followed, where asked for, by self-attention."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, cond_dim: int, dropout: float, attention: bool
+    ):
+        super().__init__()
+        self.res = ResBlock(in_channels, out_channels, cond_dim, dropout)
+        self.attention = SelfAttention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B, C_in, H, W), cond (B, cond_dim) -> (B, C_out, H, W)."""
+        return self.attention(self.res(x, cond))
+
+
+class UNet(nn.Module):
+    """Class-conditional U-Net; `forward(x_t, timesteps, class_labels)` has the shape of x_t.
+
+    Two things beside the usual trunk make it learn in few steps. A learned position map is added
+    to the first feature map, because at high noise a layout can come from nowhere else. And the
+    input reaches the output through one gain per patch frequency, a function of the timestep: the
+    noise part of the prediction, which in enlarged pictures is all there is at high frequencies,
+    need not squeeze through the trunk (cf. c_skip of Karras et al. 2022, eq. 7).
+
+    Args:
+        image_size: height and width of x_t in pixels.
+        num_classes: labels run 0..num_classes-1; `null_label` = num_classes means "no class".
+        base_channels: level i has base_channels * channel_mult[i] channels.
+        num_res_blocks: residual blocks per level on the way down, and as many on the way up.
+        attention_sizes: feature map sizes, in positions a side, with self-attention.
+        patch_size: pixels a side of the patches that the trunk sees as one position.
+        dropout: probability inside the residual blocks, in train mode only.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 128,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        channel_mult: Sequence[int] = (1, 2, 4),
+        num_res_blocks: Sequence[int] = (2, 3, 3),
+        attention_sizes: Sequence[int] = (16, 8),
+        patch_size: int = 4,
+        time_embed_dim: int = 128,
+        class_embed_dim: int = 128,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        levels = len(channel_mult)
+        multiple = patch_size * 2 ** (levels - 1)
+        if image_size % multiple:
+            raise ValueError(
+                f"image_size {image_size} must be a multiple of {multiple}: patches of "
+                f"{patch_size} pixels, halved {levels - 1} times"
+            )
+        if len(num_res_blocks) != levels:
+            raise ValueError(f"num_res_blocks {num_res_blocks} needs {levels} entries")
+        self.image_size, self.in_channels = image_size, in_channels
+        self.patch_size, self.null_label = patch_size, num_classes
+        self.time_embed_dim = time_embed_dim
+
+        self.time_mlp = nn.Sequential(
+            nn.Linear(time_embed_dim, time_embed_dim),
+            nn.SiLU(),
+            nn.Linear(time_embed_dim, time_embed_dim),
+            nn.SiLU(),
+        )
+        self.class_embedding = nn.Embedding(num_classes + 1, class_embed_dim)
+        cond_dim = time_embed_dim + class_embed_dim
+
+        # The transform is orthonormal: white noise stays white, and its transpose is its inverse.
+        basis = patch_basis(patch_size).repeat(in_channels, 1, 1, 1)
+        self.register_buffer("basis", basis, persistent=False)
+        coefficients, size = len(basis), image_size // patch_size
+        widths = [base_channels * mult for mult in channel_mult]
+        self.stem = nn.Conv2d(coefficients, widths[0], 3, padding=1)
+        self.position = nn.Parameter(0.5 * torch.randn(1, widths[0], size, size))
+
+        def stage(in_channels: int, level: int) -> Stage:
+            attention = size >> level in attention_sizes
+            return Stage(in_channels, widths[level], cond_dim, dropout, attention)
+
+        channels, skip_channels = widths[0], []
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, blocks in enumerate(num_res_blocks):
+            self.down.append(nn.ModuleList())
+            for _ in range(blocks):
+                self.down[-1].append(stage(channels, level))
+                channels = widths[level]
+                skip_channels.append(channels)
+        self.middle = nn.ModuleList([stage(channels, levels - 1) for _ in range(2)])
+        for level in reversed(range(levels)):
+            self.up.append(nn.ModuleList())
+            for _ in range(num_res_blocks[level]):
+                self.up[-1].append(stage(channels + skip_channels.pop(), level))
+                channels = widths[level]
+        self.out_norm = group_norm(channels)
+        self.out = zeroed(nn.Conv2d(channels, coefficients, 3, padding=1))
+        self.input_gain = zeroed(nn.Linear(time_embed_dim, coefficients))
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
+        time = self.time_mlp(timestep_embedding(timesteps, self.time_embed_dim))
+        cond = F.silu(torch.cat([time, self.class_embedding(class_labels)], dim=1))
+
+        patch = {"stride": self.patch_size, "groups": self.in_channels}
+        patches = F.conv2d(x_t, self.basis, **patch)  # (B, C p^2, H / p, W / p)
+        h = self.stem(patches) + self.position
+        skips = []
+        for level, stages in enumerate(self.down):
+            if level > 0:
+                h = F.avg_pool2d(h, 2)
+            for stage in stages:
+                h = stage(h, cond)
+                skips.append(h)
+        for stage in self.middle:
+            h = stage(h, cond)
+        for level, stages in enumerate(self.up):
+            if level > 0:
+                h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            for stage in stages:
+                h = stage(torch.cat([h, skips.pop()], dim=1), cond)
+        h = self.out(F.silu(self.out_norm(h)))
+        h = h + self.input_gain(time)[:, :, None, None] * patches
+        return F.conv_transpose2d(h, self.basis, **patch)

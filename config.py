@@ -1,0 +1,334 @@
+"""Every hyperparameter, once, with its unit and reason; the modes; overrides; plain dicts.
+
+Order of precedence: the defaults below (the full run) < the mode's preset < the command line.
+"""
+
+import difflib
+import math
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+
+CLASS_NAMES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it and the cure."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """A phrase that names the valid word nearest to a mistyped one."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    # A field without its section, "epochs", still finds "train.epochs".
+    close = close or [word for word in valid if word.rpartition(".")[2] == name]
+    return f"the nearest valid one is {close[0]!r}" if close else f"valid: {', '.join(valid)}"
+
+
+def describe(kind) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(kind, "whole numbers separated by commas")
+
+
+def check_types(section, prefix: str) -> None:
+    """Every field has its declared type; a whole number is fine for a float."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if isinstance(f.type, types.GenericAlias):
+            good = isinstance(value, tuple) and all(type(entry) is int for entry in value)
+        else:
+            good = type(value) is f.type or (f.type is float and type(value) is int)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(good and finite, f"{prefix}.{f.name} must be {describe(f.type)}, not {value!r}")
+
+
+def require_at_least(section, prefix: str, name: str, least: float) -> None:
+    value = getattr(section, name)
+    require(value >= least, f"{prefix}.{name} must be at least {least}, not {value}")
+
+
+def require_one_of(section, prefix: str, name: str, valid: tuple[str, ...]) -> None:
+    value = getattr(section, name)
+    require(value in valid, f"{prefix}.{name} {value!r} is unknown; {nearest(value, valid)}")
+
+
+def option(default, help: str):
+    """A field whose meaning and unit also appear in `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    base_channels: int = option(64, "channels of the first level")
+    channel_mult: tuple[int, ...] = option(
+        (1, 2, 4), "channels of each level, in base_channels; each level halves the feature map"
+    )
+    num_res_blocks: tuple[int, ...] = option(
+        (2, 3, 3), "residual blocks of each level, on the way down and again on the way up"
+    )
+    attention_sizes: tuple[int, ...] = option(
+        (16, 8), "feature map sizes, in positions a side, that get self-attention"
+    )
+    patch_size: int = option(
+        4, "pixels a side of a patch: 4 puts the first level of a 128-pixel image at 32x32"
+    )
+    time_embed_dim: int = option(128, "width of the time embedding")
+    class_embed_dim: int = option(128, "width of the class embedding")
+    dropout: float = option(0.0, "dropout probability in residual blocks")
+
+    def __post_init__(self):
+        check_types(self, "model")
+        for name in ("base_channels", "patch_size", "time_embed_dim", "class_embed_dim"):
+            require_at_least(self, "model", name, 1)
+        require(self.time_embed_dim % 2 == 0, "model.time_embed_dim must be even")
+        require(
+            len(self.channel_mult) == len(self.num_res_blocks) > 0,
+            f"model.channel_mult {self.channel_mult} and model.num_res_blocks "
+            f"{self.num_res_blocks} need one entry per level each",
+        )
+        require(
+            min(self.channel_mult + self.num_res_blocks) >= 1,
+            "model.channel_mult and model.num_res_blocks must hold whole numbers of at least 1",
+        )
+        require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), not {self.dropout}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    num_train_timesteps: int = option(1000, "diffusion timesteps T")
+    prediction_type: str = option("v_prediction", "epsilon, sample or v_prediction")
+    reference_size: int = option(
+        32, "image size in pixels for which the plain cosine schedule is right; the data are "
+        "enlarged 32-pixel pictures, so larger images get proportionally more noise"
+    )  # fmt: skip
+    min_snr_gamma: float = option(5.0, "min-SNR loss weighting; 0 weighs all timesteps alike")
+
+    def __post_init__(self):
+        check_types(self, "diffusion")
+        require_at_least(self, "diffusion", "num_train_timesteps", 2)
+        require_at_least(self, "diffusion", "reference_size", 1)
+        require_at_least(self, "diffusion", "min_snr_gamma", 0)
+        require_one_of(
+            self, "diffusion", "prediction_type", ("epsilon", "sample", "v_prediction")
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = option("cifar10", "cifar10, or pictograms drawn by the program")
+    data_dir: str = option("", "folder, zip or archive with the pictures; empty: search")
+    image_size: int = option(128, "height and width in pixels of what the model sees")
+    samples_per_class: int = option(0, "training images per class; 0: all there are")
+    repeats: int = option(1, "times each training image is shown per epoch")
+    horizontal_flip: bool = option(True, "mirror each training image with probability 1/2")
+    skip_unreadable: bool = option(False, "leave out images that cannot be read, with a count")
+
+    def __post_init__(self):
+        check_types(self, "data")
+        require_one_of(self, "data", "dataset", ("cifar10", "pictograms"))
+        require_at_least(self, "data", "image_size", 1)
+        require_at_least(self, "data", "samples_per_class", 0)
+        require_at_least(self, "data", "repeats", 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = option(100, "passes over the training images")
+    batch_size: int = option(128, "images per optimizer step")
+    learning_rate: float = option(5e-4, "peak learning rate of AdamW")
+    warmup_steps: int = option(500, "steps of linear warm-up to the peak")
+    final_lr_fraction: float = option(0.02, "learning rate at the last step, in peaks (cosine)")
+    weight_decay: float = option(0.01, "decoupled weight decay of AdamW")
+    grad_clip: float = option(1.0, "largest gradient norm; longer gradients are scaled to it")
+    class_dropout_prob: float = option(
+        0.1, "probability of training on the null label, which guidance needs; 0: no guidance"
+    )
+    ema_halflife_images: int = option(500_000, "half-life of the weight average, in images")
+    ema_rampup_ratio: float = option(
+        0.1, "the half-life is at most this share of the images seen, so short runs average too"
+    )
+    seed: int = option(0, "seed of weights, data order, noise and sample grids")
+    device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    precision: str = option("auto", "auto (bf16 where the GPU has it), fp32 or bf16")
+    log_every: int = option(20, "steps between lines in metrics.jsonl")
+    validate_every: int = option(500, "steps between validation losses; always at the end")
+    validation_images: int = option(512, "held-out images in the validation loss")
+    sample_every: int = option(2000, "steps between sample grids; always at the end")
+    save_every: int = option(1000, "steps between checkpoints; always at the end")
+    save_minutes: float = option(10.0, "longest time between two checkpoints, in minutes")
+    keep_checkpoints: int = option(3, "newest checkpoints kept; older ones are removed")
+
+    def __post_init__(self):
+        check_types(self, "train")
+        for name in ("epochs", "batch_size", "ema_halflife_images", "log_every", "keep_checkpoints",
+                     "validate_every", "validation_images", "sample_every", "save_every"):  # fmt: skip
+            require_at_least(self, "train", name, 1)
+        for name in ("warmup_steps", "weight_decay", "seed", "save_minutes"):
+            require_at_least(self, "train", name, 0)
+        for name in ("learning_rate", "grad_clip", "ema_rampup_ratio"):
+            require(getattr(self, name) > 0, f"train.{name} must be above 0")
+        for name in ("final_lr_fraction", "class_dropout_prob"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"train.{name} must lie in [0, 1], not {value}")
+        require_one_of(self, "train", "precision", ("auto", "fp32", "bf16"))
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    num_inference_steps: int = option(250, "denoising steps of `make generate`")
+    grid_steps: int = option(50, "denoising steps of the grids drawn during training")
+    guidance_scale: float = option(2.0, "uncond + scale (cond - uncond); 1: no guidance")
+    clip_x_start: bool = option(True, "clip the predicted clean image to [-1, 1] at each step")
+    batch_size: int = option(100, "pictures denoised together")
+
+    def __post_init__(self):
+        check_types(self, "sample")
+        for name in ("num_inference_steps", "grid_steps", "batch_size"):
+            require_at_least(self, "sample", name, 1)
+        require_at_least(self, "sample", "guidance_scale", 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    mode: str = "full"
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self):
+        multiple = self.model.patch_size * 2 ** (len(self.model.channel_mult) - 1)
+        require(
+            self.data.image_size % multiple == 0,
+            f"data.image_size {self.data.image_size} must be a multiple of {multiple}: patches of "
+            f"{self.model.patch_size} pixels, halved {len(self.model.channel_mult) - 1} times",
+        )
+        for name in ("num_inference_steps", "grid_steps"):
+            steps, T = getattr(self.sample, name), self.diffusion.num_train_timesteps
+            require(steps <= T, f"sample.{name} {steps} exceeds the {T} diffusion timesteps")
+        require(
+            self.sample.guidance_scale == 1 or self.train.class_dropout_prob > 0,
+            f"sample.guidance_scale {self.sample.guidance_scale} needs a trained null label: set "
+            "train.class_dropout_prob above 0 or sample.guidance_scale to 1",
+        )
+
+
+SECTIONS = {f.name: f.type for f in fields(Config) if f.name != "mode"}
+OPTIONS = {
+    f"{section}.{f.name}": f for section, kind in SECTIONS.items() for f in fields(kind)
+}  # "train.epochs" -> its dataclass field
+
+
+def full() -> Config:
+    """CIFAR-10 at 128x128 on one CUDA GPU."""
+    return Config()
+
+
+def overfit() -> Config:
+    """Memorise one image per class with the full model: proves model, data and sampler."""
+    return Config(
+        mode="overfit",
+        data=DataConfig(samples_per_class=1, repeats=10, horizontal_flip=False),
+        train=TrainConfig(
+            epochs=60, batch_size=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0,
+            class_dropout_prob=0.0, log_every=10, validate_every=100, validation_images=20,
+            sample_every=100, save_every=200,
+        ),
+        sample=SampleConfig(num_inference_steps=50, grid_steps=20, guidance_scale=1.0),
+    )  # fmt: skip
+
+
+def quick_test() -> Config:
+    """Two epochs of the overfit run: a smoke run of everything."""
+    config = overfit()
+    return replace(
+        config,
+        mode="quick-test",
+        data=replace(config.data, repeats=5),
+        train=replace(config.train, epochs=2, warmup_steps=2, log_every=1, validate_every=5,
+                      validation_images=10),
+        sample=replace(config.sample, num_inference_steps=10, grid_steps=10),
+    )  # fmt: skip
+
+
+def demo() -> Config:
+    """A small model on the built-in pictograms: the whole product on a laptop CPU."""
+    return Config(
+        mode="demo",
+        model=ModelConfig(num_res_blocks=(1, 1, 1), attention_sizes=(8,), patch_size=2),
+        data=DataConfig(dataset="pictograms", image_size=64, samples_per_class=500,
+                        horizontal_flip=False),
+        train=TrainConfig(epochs=10, batch_size=50, learning_rate=1e-3, warmup_steps=50,
+                          validate_every=200, validation_images=200, sample_every=500,
+                          save_every=500),
+        sample=SampleConfig(num_inference_steps=100, grid_steps=25, guidance_scale=1.0),
+    )  # fmt: skip
+
+
+PRESETS = {"full": full, "overfit": overfit, "quick-test": quick_test, "demo": demo}
+
+
+def to_dict(config: Config) -> dict:
+    """Plain dicts, lists and numbers, as JSON and checkpoints hold them."""
+    plain = asdict(config)
+    for section in SECTIONS:
+        plain[section] = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in plain[section].items()
+        }
+    return plain
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """{"train.epochs": 100, ...}: every setting under its full name."""
+    return {
+        f"{section}.{key}": value
+        for section in SECTIONS
+        for key, value in vars(getattr(config, section)).items()
+    }
+
+
+def from_dict(plain: dict) -> Config:
+    """Inverse of to_dict; an unknown key or a value of the wrong type is a ConfigError."""
+    overrides = {
+        f"{section}.{key}": value for section in SECTIONS for key, value in plain[section].items()
+    }
+    return replace(apply_overrides(Config(), overrides), mode=plain["mode"])
+
+
+def apply_overrides(config: Config, overrides: dict[str, object]) -> Config:
+    """The config with {"train.epochs": 3, ...} applied; values may be strings from a command line.
+
+    Raises ConfigError for an unknown name (with the nearest valid one) or an unusable value.
+    """
+    changed: dict[str, dict] = {}
+    for name, value in overrides.items():
+        if name not in OPTIONS:
+            raise ConfigError(f"unknown setting {name!r}; {nearest(name, OPTIONS)}")
+        section, key = name.split(".")
+        changed.setdefault(section, {})[key] = parse_value(name, OPTIONS[name].type, value)
+    sections = {name: replace(getattr(config, name), **keys) for name, keys in changed.items()}
+    return replace(config, **sections)
+
+
+def parse_value(name: str, kind, value: object):
+    """value as the field's type; strings are read as a person types them."""
+    if not isinstance(value, str) or kind is str:
+        return tuple(value) if kind is not str and isinstance(value, list) else value
+    text = value.strip()
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+        return tuple(int(part) for part in text.strip("()").split(",") if part.strip())
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name} must be {describe(kind)}, not {value!r}") from None

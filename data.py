@@ -1,0 +1,449 @@
+"""CIFAR-10 for training: find it, fetch it, check it, prepare it once, and batch it.
+
+Prepared data are uint8 arrays under data/prepared/, one folder per source, written atomically and
+reused. Pictures smaller than the model's image size are stored as they are and enlarged per batch
+on the device (bicubic), which takes a sixteenth of the memory for the 32-pixel originals; larger
+ones are cropped to their central square and reduced once (Lanczos).
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from config import CLASS_NAMES, DataConfig
+from pictograms import pictogram_dataset
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SPLITS = ("train", "test")
+# What PIL and zipfile raise for damaged pictures; PIL's PNG reader also uses SyntaxError.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, zlib.error, zipfile.BadZipFile,
+              Image.DecompressionBombError)  # fmt: skip
+REPOSITORY_DATA = Path("data")
+SEARCH_PATH = (
+    Path("/home/azureuser/Diffusion/data/cifar10-128x128"),
+    REPOSITORY_DATA / "cifar10-128x128",
+)
+HELD_OUT = 10  # without a test split, one picture in this many is held out of training
+PICTOGRAMS_PER_CLASS = 500
+PREPARED_VERSION = 1
+THREE_WAYS = (
+    "no CIFAR-10 was found. Three ways to get it: (1) set DATA_DIR to a folder or zip with one "
+    "folder of pictures per class; (2) put cifar-10-python.tar.gz into data/; (3) run `make data` "
+    "on a machine with internet access. `DATASET=pictograms` trains on the built-in pictograms."
+)
+
+Progress = Callable[[Iterable, int, str], Iterable]  # (items, total, what) -> the same items
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message names the file and the cure."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """images uint8 (N, 3, S, S) and labels int64 (N,), in a fixed order."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first_per_class(self, count: int) -> "Split":
+        """The first `count` images of every class, in the order of the split; 0 means all."""
+        if count == 0:
+            return self
+        chosen = [(self.labels == label).nonzero()[:count, 0] for label in self.labels.unique()]
+        index = torch.cat(chosen).sort().values
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture file of a source: where it belongs and how to read it."""
+
+    split: str  # "train", "test", or "" where the source has no splits
+    label: int
+    name: str
+    size: int  # bytes
+    changed: float  # modification time, to notice that a source has changed
+    read: Callable[[], bytes]
+
+
+def load_splits(
+    data: DataConfig, *, seed: int, progress: Progress, say: Callable[[str], None]
+) -> dict[str, Split]:
+    """The training and held-out images that `data` asks for, {"train": ..., "test": ...}.
+
+    Finds, downloads and prepares what is not prepared yet; `say` gets one line per decision.
+    Raises DataError where that is impossible.
+    """
+    if data.dataset == "pictograms":
+        splits = draw_pictograms(data, seed)
+        say(f"data: built-in pictograms at {data.image_size}x{data.image_size}, seed {seed}")
+    else:
+        splits = load_prepared(prepare(data, progress=progress, say=say))
+    train = splits["train"].first_per_class(data.samples_per_class)
+    return {"train": train, "test": splits["test"]}
+
+
+def draw_pictograms(data: DataConfig, seed: int) -> dict[str, Split]:
+    """The built-in set; the held-out pictures come from another seed."""
+    per_class = data.samples_per_class or PICTOGRAMS_PER_CLASS
+    splits = {}
+    for split, count, offset in (("train", per_class, 0), ("test", max(per_class // 10, 2), 1)):
+        images, labels = pictogram_dataset(count, data.image_size, 2 * seed + offset)
+        splits[split] = Split(torch.from_numpy(images), torch.from_numpy(labels))
+    return splits
+
+
+# ---- finding -------------------------------------------------------------------------------------
+
+
+def find_source(data_dir: str) -> Path | None:
+    """The first place that has pictures: data_dir alone where it is given, else the search path.
+
+    Returns None where nothing is found, so that the caller may download. A data_dir that was
+    asked for and cannot be used is a DataError.
+    """
+    if data_dir:
+        path = Path(data_dir).expanduser()
+        if not path.exists():
+            raise DataError(f"DATA_DIR {data_dir} does not exist; check the path")
+        return path
+    candidates = (*SEARCH_PATH, REPOSITORY_DATA / "cifar-10-python.tar.gz",
+                  REPOSITORY_DATA / "cifar-10-batches-py")  # fmt: skip
+    return next((path for path in candidates if path.exists()), None)
+
+
+def is_cifar_archive(path: Path) -> bool:
+    """Whether path is CIFAR-10 as its authors publish it: the tar file or its unpacked folder."""
+    return path.name.endswith((".tar.gz", ".tgz")) or (path / "data_batch_1").exists()
+
+
+def published_archive(path: Path) -> Path | None:
+    """The authors' archive at path or directly inside it, or None."""
+    inside = (path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py")
+    return next((place for place in (path, *inside) if place.exists() and is_cifar_archive(place)),
+                None)  # fmt: skip
+
+
+def download(root: Path) -> Path:
+    """Fetch CIFAR-10's archive into root with its checksum verified, and return its path."""
+    # Imported here because torchvision takes a second that only a download needs.
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
+
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        download_url(CIFAR10.url, root, CIFAR10.filename, CIFAR10.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        # A damaged or partial file must not be taken for the archive next time.
+        (root / CIFAR10.filename).unlink(missing_ok=True)
+        raise DataError(f"{THREE_WAYS} (The download failed: {error})") from error
+    return root / CIFAR10.filename
+
+
+def list_pictures(source: Path) -> list[Picture]:
+    """Every picture under a folder or zip whose folder is named after a class, sorted by name."""
+    pictures: list[Picture] = []
+    if source.is_file():
+        containers = [source]
+    else:
+        for folder, subfolders, names in os.walk(source):
+            subfolders.sort()
+            for name in names:
+                path = Path(folder, name)
+                place = locate(path.relative_to(source))
+                if place is not None:
+                    stat = path.stat()
+                    pictures.append(
+                        Picture(*place, str(path), stat.st_size, stat.st_mtime, path.read_bytes)
+                    )
+        containers = sorted(source.glob("*.zip"))
+    for container in containers:
+        pictures.extend(list_zip(container))
+    return sorted(pictures, key=lambda picture: (picture.split, picture.label, picture.name))
+
+
+def list_zip(container: Path) -> Iterator[Picture]:
+    try:
+        archive = zipfile.ZipFile(container)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{container} is not a readable zip file ({error})") from error
+    for info in archive.infolist():
+        place = locate(Path(info.filename))
+        if place is not None:
+            name = f"{container}:{info.filename}"
+            changed = container.stat().st_mtime
+            read = lambda info=info: archive.read(info)  # noqa: E731
+            yield Picture(*place, name, info.file_size, changed, read)
+
+
+def locate(path: Path) -> tuple[str, int] | None:
+    """(split, label) of a picture from its path inside the source; None if it has no class."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES or len(path.parts) < 2:
+        return None
+    folder = path.parts[-2].lower()
+    by_index = {f"class{index}": index for index in range(len(CLASS_NAMES))}
+    label = CLASS_NAMES.index(folder) if folder in CLASS_NAMES else by_index.get(folder)
+    if label is None:
+        return None
+    splits = [part.lower() for part in path.parts[:-2] if part.lower() in SPLITS]
+    return (splits[-1] if splits else "", label)
+
+
+def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Picture]]:
+    """Pictures by split, every class present in training; without a test split, some held out."""
+    train = [picture for picture in pictures if picture.split != "test"]
+    test = [picture for picture in pictures if picture.split == "test"]
+    if not pictures:
+        raise DataError(
+            f"{source} holds no pictures in folders named by class ({CLASS_NAMES[0]}, ... or "
+            f"class0 ... class{len(CLASS_NAMES) - 1}); accepted: {', '.join(IMAGE_SUFFIXES)}, zips"
+        )
+    missing = [
+        name for label, name in enumerate(CLASS_NAMES) if all(p.label != label for p in train)
+    ]
+    if missing:
+        raise DataError(
+            f"{source} has no training pictures of {', '.join(missing)}; each class needs a folder "
+            f"named like {missing[0]} or class{CLASS_NAMES.index(missing[0])}"
+        )
+    if not test:
+        seen = [0] * len(CLASS_NAMES)
+        for picture in train:
+            seen[picture.label] += 1
+            if seen[picture.label] % HELD_OUT == 0:
+                test.append(picture)
+        held_out = {id(picture) for picture in test}
+        train = [picture for picture in train if id(picture) not in held_out]
+    return {"train": train, "test": test}
+
+
+# ---- preparing -----------------------------------------------------------------------------------
+
+
+def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None]) -> Path:
+    """The folder of checked uint8 arrays for `data`, made now unless it is there already."""
+    source = find_source(data.data_dir) or download(REPOSITORY_DATA)
+    archive = published_archive(source)
+    pictures = [] if archive else list_pictures(source)
+    folder = REPOSITORY_DATA / "prepared" / fingerprint(archive or source, pictures, data)
+    if (folder / "info.json").exists():
+        say(f"data: {source}, prepared in {folder}")
+        return folder
+    say(f"data: preparing {source} into {folder} (once)")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        if archive:
+            skipped = write_published(read_published(archive), unfinished)
+        else:
+            skipped = write_pictures(assign_splits(pictures, source), data, unfinished, progress)
+        write_info(unfinished, source, skipped, say)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
+    """Changes when the source, any of its files or a setting that shapes the arrays changes."""
+    digest = hashlib.sha256()
+    stat = source.stat()
+    archive = [] if pictures else [stat.st_size, stat.st_mtime]
+    settings = [data.image_size, data.skip_unreadable, PREPARED_VERSION]
+    digest.update(json.dumps([str(source.resolve()), archive, settings]).encode())
+    for picture in pictures:
+        digest.update(f"{picture.name}\0{picture.size}\0{picture.changed}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def read_published(archive: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Arrays of the authors' archive, each member checked against its published checksum."""
+    from torchvision.datasets import CIFAR10
+
+    splits = {}
+    for split, members in (("train", CIFAR10.train_list), ("test", CIFAR10.test_list)):
+        images, labels = [], []
+        for name, md5 in members:
+            content = read_member(archive, name)
+            if hashlib.md5(content).hexdigest() != md5:
+                raise DataError(f"{archive}: {name} is damaged (wrong checksum); fetch it again")
+            batch = pickle.loads(content, encoding="latin1")  # known content: checksum verified
+            images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+            labels.extend(batch["labels"])
+        splits[split] = (np.concatenate(images), np.asarray(labels, dtype=np.int64))
+    return splits
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    try:
+        if archive.is_dir():
+            return (archive / name).read_bytes()
+        with tarfile.open(archive) as tar:
+            return tar.extractfile(f"cifar-10-batches-py/{name}").read()
+    except (OSError, KeyError, EOFError, tarfile.TarError) as error:
+        raise DataError(f"{archive}: cannot read {name} ({error}); fetch it again") from error
+
+
+def write_published(splits: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> int:
+    for split, (images, labels) in splits.items():
+        np.save(folder / f"{split}_images.npy", images)
+        np.save(folder / f"{split}_labels.npy", labels)
+    return 0
+
+
+def write_pictures(
+    splits: dict[str, list[Picture]], data: DataConfig, folder: Path, progress: Progress
+) -> int:
+    """Decode every picture into one array per split; returns how many were skipped."""
+    everything = [picture for split in SPLITS for picture in splits[split]]
+    # One thread: decoding 32-pixel pictures in several is slower, the interpreter lock passing
+    # between them costs more than the work.
+    sizes = {measure(picture) for picture in progress(everything, len(everything), "checking")}
+    good = [size for size in sizes if isinstance(size, tuple)]
+    # Enlarging waits for the device if all pictures are equal squares no larger than needed.
+    keep_size = len(good) == 1 and good[0][0] == good[0][1] <= data.image_size
+    side = good[0][0] if keep_size else data.image_size
+
+    failures: list[str] = []
+    decoded = (decode(picture, side) for picture in everything)
+    decoded = iter(progress(decoded, len(everything), "decoding"))
+    for split in SPLITS:
+        images = np.empty((len(splits[split]), 3, side, side), np.uint8)
+        labels = []
+        for picture, pixels in zip(splits[split], decoded):
+            if isinstance(pixels, str):
+                failures.append(pixels)
+                continue
+            images[len(labels)] = pixels
+            labels.append(picture.label)
+        np.save(folder / f"{split}_images.npy", images[: len(labels)])
+        np.save(folder / f"{split}_labels.npy", np.asarray(labels, dtype=np.int64))
+    if failures and not data.skip_unreadable:
+        listed = "; ".join(failures[:10]) + ("; ..." if len(failures) > 10 else "")
+        raise DataError(
+            f"{len(failures)} of {len(everything)} pictures cannot be read: {listed}. Replace or "
+            "remove them, or leave them out with --data.skip_unreadable true"
+        )
+    return len(failures)
+
+
+def measure(picture: Picture) -> tuple[int, int] | str:
+    """(width, height) from the header, or a sentence saying why it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(picture.read())) as image:
+            return image.size
+    except UNREADABLE as error:
+        return f"{picture.name} ({error})"
+
+
+def decode(picture: Picture, side: int) -> np.ndarray | str:
+    """Pixels uint8 (3, side, side), or a sentence saying why the picture cannot be read."""
+    try:
+        with Image.open(io.BytesIO(picture.read())) as image:
+            rgb = image.convert("RGB")
+    except UNREADABLE as error:
+        reason = str(error).replace("<_io.BytesIO object at ", "<")
+        return f"{picture.name} ({reason})"
+    if rgb.size != (side, side):
+        rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def write_info(folder: Path, source: Path, skipped: int, say: Callable[[str], None]) -> None:
+    info = {"source": str(source), "skipped": skipped}
+    for split in SPLITS:
+        counts = np.bincount(np.load(folder / f"{split}_labels.npy"), minlength=len(CLASS_NAMES))
+        info[split] = dict(zip(CLASS_NAMES, counts.tolist()))
+        listed = ", ".join(f"{name} {count}" for name, count in info[split].items())
+        say(f"data: {split} {counts.sum()} pictures: {listed}")
+    if skipped:
+        say(f"data: {skipped} unreadable pictures were left out")
+    (folder / "info.json").write_text(json.dumps(info, indent=1))
+
+
+def load_prepared(folder: Path) -> dict[str, Split]:
+    return {
+        split: Split(
+            torch.from_numpy(np.load(folder / f"{split}_images.npy")),
+            torch.from_numpy(np.load(folder / f"{split}_labels.npy")),
+        )
+        for split in SPLITS
+    }
+
+
+# ---- batching ------------------------------------------------------------------------------------
+
+
+def to_x_start(images: Tensor, image_size: int) -> Tensor:
+    """uint8 (B, 3, S, S) -> float32 (B, 3, image_size, image_size) in [-1, 1], on its device."""
+    x_start = images.float() / 127.5 - 1
+    if images.shape[-1] != image_size:
+        x_start = F.interpolate(x_start, size=image_size, mode="bicubic", align_corners=False)
+    return x_start.clamp(-1, 1)  # bicubic enlargement overshoots at edges
+
+
+class TrainingBatches:
+    """Endless (x_start, class_labels) batches, a function of (seed, step) alone.
+
+    Epoch e visits every image `repeats` times, in an order drawn from (seed, e); its last,
+    incomplete batch is left out unless it is the only one. The uint8 images live on the device
+    where they fit into half of its free memory.
+    """
+
+    def __init__(self, split: Split, data: DataConfig, batch_size: int, seed: int, device):
+        self.device, self.seed, self.data = torch.device(device), seed, data
+        self.images, self.labels = split.images, split.labels
+        if self.device.type == "cuda":
+            if self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
+                self.images = self.images.to(self.device)
+            else:
+                self.images = self.images.pin_memory()
+            self.labels = self.labels.to(self.device)
+        images_per_epoch = len(split) * data.repeats
+        self.batch_size = min(batch_size, images_per_epoch)
+        self.steps_per_epoch = images_per_epoch // self.batch_size
+
+    def epoch_order(self, epoch: int) -> Tensor:
+        generator = np.random.default_rng((self.seed, epoch))
+        rounds = [generator.permutation(len(self.labels)) for _ in range(self.data.repeats)]
+        return torch.from_numpy(np.concatenate(rounds))
+
+    def starting_at(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of steps step, step + 1, ...: x_start (B, 3, H, W), class_labels (B,)."""
+        while True:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            order = self.epoch_order(epoch)
+            for position in range(position, self.steps_per_epoch):
+                index = order[position * self.batch_size : (position + 1) * self.batch_size]
+                yield self.batch(index, step)
+                step += 1
+
+    def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        images = self.images[index.to(self.images.device)].to(self.device, non_blocking=True)
+        x_start = to_x_start(images, self.data.image_size)
+        if self.data.horizontal_flip:
+            # A third seed component keeps flips and epoch orders apart.
+            mirrored = np.random.default_rng((self.seed, step, 1)).random(len(index)) < 0.5
+            mirrored = torch.from_numpy(mirrored).to(self.device)[:, None, None, None]
+            x_start = torch.where(mirrored, x_start.flip(-1), x_start)
+        return x_start, self.labels[index.to(self.labels.device)]

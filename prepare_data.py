@@ -1,0 +1,19 @@
+"""Find or download CIFAR-10, check it and prepare it for training (`make data`)."""
+
+import config as settings
+from command_line import Parser, add_config_flags, config_overrides, exit_with
+from config import ConfigError
+from data import DataError, prepare
+from training_monitor import progress, say
+
+
+def main() -> int:
+    parser = Parser(description=__doc__)
+    add_config_flags(parser, ("data",))
+    config = settings.apply_overrides(settings.full(), config_overrides(parser.parse_args()))
+    prepare(config.data, progress=progress, say=say)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main, (ConfigError, DataError))

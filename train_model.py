@@ -1,0 +1,209 @@
+"""Train the class-conditional diffusion model: full, overfit, quick-test or demo run.
+
+    python train_model.py --full
+    python train_model.py --overfit --samples 1
+
+A run that was interrupted continues when the same command is run again.
+"""
+
+import json
+import shlex
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import config as settings
+from command_line import (
+    Parser,
+    add_config_flags,
+    choose_device,
+    config_overrides,
+    exit_with,
+    parse_count,
+)
+from conditional_diffusion.checkpoint import CheckpointError, list_checkpoints, load_newest
+from conditional_diffusion.training_engine import TrainingDiverged
+from config import Config, ConfigError
+from data import DataError, load_splits
+from training_monitor import (
+    RUN_DIRECTORIES,
+    RunInUse,
+    TrainingMonitor,
+    progress,
+    refuse_second_run,
+    say,
+)
+from training_run import Run
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    mode = parser.add_mutually_exclusive_group(required=True)
+    for name, preset in settings.PRESETS.items():
+        mode.add_argument(
+            f"--{name}", dest="mode", action="store_const", const=name, help=preset.__doc__
+        )
+    parser.add_argument(
+        "--samples", metavar="N", help="training images per class (overfit: 1 unless given)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start anew; an existing run is moved aside"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config as JSON and stop"
+    )
+    add_config_flags(parser, tuple(settings.SECTIONS))
+    return parser.parse_args()
+
+
+def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
+    """Preset plus overrides; what makes the model what it is comes from the saved run's config.
+
+    Raises ConfigError, listing the settings, where an override contradicts the saved run.
+    """
+    config = settings.apply_overrides(settings.PRESETS[mode](), overrides)
+    if saved is None:
+        return config
+    kept = {"data.data_dir", "data.skip_unreadable"}  # may change without changing the model
+    ours, theirs = settings.flatten(config), settings.flatten(saved)
+    fixed = [
+        name for name in ours if name.split(".")[0] in ("model", "diffusion", "data")
+        and name not in kept
+    ]  # fmt: skip
+    conflicts = [name for name in overrides if name in fixed and ours[name] != theirs[name]]
+    if conflicts:
+        listed = ", ".join(f"{name} {theirs[name]} (now {ours[name]})" for name in conflicts)
+        raise ConfigError(
+            f"the run in {RUN_DIRECTORIES[mode]} was started with {listed}; drop the change to "
+            "continue it, or start anew with --fresh (make: FRESH=1)"
+        )
+    return settings.apply_overrides(config, {name: theirs[name] for name in fixed})
+
+
+def load_data(config: Config, chosen: bool):
+    """(config, splits); without any data the small runs fall back to the pictograms, saying so."""
+    arguments = {"seed": config.train.seed, "progress": progress, "say": say}
+    try:
+        return config, load_splits(config.data, **arguments)
+    except DataError as error:
+        if config.mode == "full" or chosen or config.data.data_dir:
+            raise
+        say(str(error))
+        say("falling back to the built-in pictograms")
+    config = replace(config, data=replace(config.data, dataset="pictograms"))
+    return config, load_splits(config.data, **arguments)
+
+
+def newest_checkpoint(mode: str, folder: Path) -> dict | None:
+    """The checkpoint to continue from; None where the command promises a run of its own.
+
+    A quick-test always starts anew, and so does a complete overfit or demo run: they take minutes.
+    """
+    if mode == "quick-test":
+        return None
+    found = load_newest([folder], warn=say)
+    if found is None and list_checkpoints(folder):
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read; start anew with --fresh (make: FRESH=1)"
+        )
+    state = found[1] if found else None
+    if state and mode != "full" and state["step"] >= state["total_steps"]:
+        return None
+    return state
+
+
+def clear_away(mode: str, folder: Path) -> None:
+    """Make room for a new run: minutes of work are replaced, more is moved aside."""
+    if not list_checkpoints(folder):
+        return
+    if mode in ("quick-test", "demo"):
+        shutil.rmtree(folder)
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}_{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    say(f"the earlier run was moved to {aside}")
+
+
+def stop_on_signals(engine) -> list[int]:
+    """The first SIGINT or SIGTERM ends the run after its current step; a second one at once.
+
+    Returns the list in which the signal will be noted.
+    """
+    received: list[int] = []
+
+    def request_stop(signal_number, frame):
+        received.append(signal_number)
+        engine.stop_requested = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        say("stopping after this step; the run will be saved (once more: stop at once)")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    return received
+
+
+def describe(run: Run, device) -> str:
+    config, engine = run.config, run.engine
+    parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
+    precision = "bf16" if engine.autocast_dtype else "fp32"
+    return (
+        f"{config.mode} run: U-Net of {parameters:.1f} M parameters at {config.data.image_size}x"
+        f"{config.data.image_size}, {len(run.splits['train'])} images, batch "
+        f"{run.batches.batch_size}, {engine.total_steps} steps, {device}, {precision}"
+    )
+
+
+def main() -> int:
+    args = parse_arguments()
+    overrides = config_overrides(args)
+    if args.samples is not None:
+        overrides["data.samples_per_class"] = parse_count("--samples", args.samples)
+    if "data.data_dir" in overrides and args.mode != "demo":
+        overrides.setdefault("data.dataset", "cifar10")
+    if args.dry_run:
+        print(json.dumps(settings.to_dict(resolve_config(args.mode, overrides, None)), indent=1))
+        return 0
+
+    folder = RUN_DIRECTORIES[args.mode]
+    refuse_second_run(folder)
+    saved = None if args.fresh else newest_checkpoint(args.mode, folder)
+    saved_config = settings.from_dict(saved["config"]) if saved else None
+    config = resolve_config(args.mode, overrides, saved_config)
+    device = choose_device(config)
+    config, splits = load_data(config, chosen="data.dataset" in overrides)
+    run = Run(config, folder, splits, device, saved)
+    engine = run.engine
+    if engine.step >= engine.total_steps:
+        say(f"the run in {folder} is complete ({engine.step} steps); EPOCHS= makes it longer, "
+            "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
+        return 0
+    if saved is None:
+        clear_away(args.mode, folder)
+
+    command = f"python train_model.py {shlex.join(sys.argv[1:])}"
+    with TrainingMonitor(
+        folder, mode=config.mode, device=str(device), total_steps=engine.total_steps,
+        steps_per_epoch=run.batches.steps_per_epoch, command=command,
+    ) as monitor:  # fmt: skip
+        say(describe(run, device))
+        say(f"results: {folder}/ (curves, samples/, checkpoints); stop: Ctrl-C; status: make status")
+        if saved:
+            say(f"continuing at step {engine.step}")
+        monitor.begin(engine.step, settings.to_dict(config))
+        received = stop_on_signals(engine)
+        if not run.fit(monitor):
+            say(f"stopped and saved at step {engine.step}; continue with: {command}")
+            return 128 + received[0]
+        if config.mode == "overfit":
+            return 0 if run.verdict() else 1
+    say(f"finished; pictures: {monitor.samples}/; next: make generate")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main, (ConfigError, CheckpointError, DataError, RunInUse, TrainingDiverged))

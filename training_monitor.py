@@ -1,0 +1,283 @@
+"""What a run writes down and how it is drawn.
+
+A run directory holds config.json, run.json (who runs what since when), metrics.jsonl (append-only),
+training_curves.png, samples/ and the checkpoints. Heavy imports wait inside the functions that draw,
+so that reading a run's state starts instantly.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+RUN_DIRECTORIES = {
+    "full": Path("checkpoints"),
+    "overfit": Path("checkpoints_overfit"),
+    "quick-test": Path("checkpoints_overfit/quick-test"),
+    "demo": Path("checkpoints_demo"),
+}  # in the order in which `make generate` looks for a checkpoint
+LINE_SECONDS = 10  # between progress lines where the output is not a terminal
+SMOOTHING = 0.95  # weight of the past in the smoothed loss curve
+
+
+class RunInUse(Exception):
+    """Another live process trains in this directory."""
+
+
+def say(message: str) -> None:
+    """One line to the user, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(message)
+    sys.stdout.flush()
+
+
+def progress(items: Iterable, total: int, what: str) -> Iterable:
+    """items behind a progress bar on a terminal; elsewhere just the items."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=what, disable=None, leave=False)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace path in one step, so that a reader never sees half a file."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of metrics.jsonl; a last line cut short by a killed run is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def acquire_lock(folder: Path) -> TextIO:
+    """The open lock file of a run directory; the system frees it when the process ends.
+
+    Raises RunInUse if another live process holds it.
+    """
+    lock = open(folder / "run.lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        owner = json.loads((folder / "run.json").read_text())
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
+        raise RunInUse(
+            f"{folder} is in use by process {owner['pid']} on {owner['host']} since {since}; "
+            f"wait for it or stop it (kill {owner['pid']})"
+        ) from None
+    return lock
+
+
+def refuse_second_run(folder: Path) -> None:
+    """Raise RunInUse if a live process trains in this directory."""
+    if folder.is_dir():
+        acquire_lock(folder).close()
+
+
+class TrainingMonitor:
+    """Owns a run directory while the run lives: lock, records, progress bar, pictures.
+
+    Use as a context manager. Raises RunInUse if another live process owns the directory.
+    """
+
+    def __init__(self, folder: Path, *, mode: str, device: str, total_steps: int,
+                 steps_per_epoch: int, command: str):  # fmt: skip
+        self.folder = Path(folder)
+        self.samples = self.folder / "samples"
+        self.facts = {
+            "mode": mode, "pid": os.getpid(), "host": socket.gethostname(), "started": time.time(),
+            "device": device, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch,
+            "state": "running", "ended": None, "command": command,
+        }  # fmt: skip
+        self.bar = None
+
+    def __enter__(self) -> "TrainingMonitor":
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.lock = acquire_lock(self.folder)
+        write_json(self.folder / "run.json", self.facts)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.facts["ended"] = time.time()
+        if self.facts["state"] == "running":
+            self.facts["state"] = "interrupted" if kind is KeyboardInterrupt else "failed"
+        try:
+            write_json(self.folder / "run.json", self.facts)
+        except OSError:
+            # A full disk must not hide the error that ends the run; the free lock tells the rest.
+            if kind is None:
+                raise
+        self.lock.close()
+
+    def begin(self, step: int, config: dict) -> None:
+        """Write the config and cut records past `step`, which a resumed run will write again."""
+        from tqdm import tqdm
+
+        write_json(self.folder / "config.json", config)
+        kept = [record for record in read_metrics(self.folder) if record["step"] <= step]
+        path = self.folder / "metrics.jsonl"
+        unfinished = path.with_name("metrics.jsonl.tmp")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(unfinished, path)
+        self.bar = tqdm(
+            total=self.facts["total_steps"], initial=step, unit="step", disable=None,
+            dynamic_ncols=True, smoothing=0.1,
+        )  # fmt: skip
+        self.last_line, self.first_step, self.began = 0.0, step, time.time()
+
+    def end(self, state: str) -> None:
+        """Note how the run ended: "finished" or "interrupted"."""
+        self.facts["state"] = state
+
+    def advance(self) -> None:
+        self.bar.update(1)
+
+    def record(self, kind: str, **values) -> None:
+        """Append one record of kind "train" or "validation" and show its losses."""
+        step = values["step"]
+        record = {"kind": kind, "epoch": round(step / self.facts["steps_per_epoch"], 3), **values,
+                  "time": time.time()}  # fmt: skip
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if kind == "train":
+            shown = {"loss": f"{values['loss']:.4f}"}
+            shown["images/s"] = f"{values['images_per_second']:.1f}"
+            self.bar.set_postfix(shown)
+            if self.bar.disable and time.time() - self.last_line >= LINE_SECONDS:
+                self.last_line = time.time()
+                say(self.progress_line(step, shown))
+        elif self.bar.disable:
+            say(f"step {step}: validation loss {values['loss']:.4f}, EMA {values['loss_ema']:.4f}")
+
+    def progress_line(self, step: int, shown: dict) -> str:
+        total = self.facts["total_steps"]
+        per_step = (time.time() - self.began) / max(1, step - self.first_step)
+        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (total - step)))
+        return f"step {step}/{total}, " + ", ".join(f"{k} {v}" for k, v in shown.items()) + (
+            f", {left} left"
+        )
+
+    def draw_samples(self, step: int, name: str, images, class_names: Sequence[str]) -> Path:
+        """A labelled grid of x in [-1, 1], (rows * classes, 3, H, W), classes taking turns."""
+        path = self.samples / f"step_{step:08d}_{name}.png"
+        save_image(labelled_grid(to_uint8(images), class_names, f"step {step}, {name}"), path)
+        return path
+
+    def draw_curves(self) -> None:
+        draw_curves(read_metrics(self.folder), self.folder / "training_curves.png")
+
+
+def to_uint8(images):
+    """Tensor (N, 3, H, W) in [-1, 1] -> numpy uint8 (N, H, W, 3), rounded to the nearest level."""
+    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def labelled_grid(images, column_names: Sequence[str], title: str = "", least_side: int = 64):
+    """A PIL picture of uint8 images (N, H, W, 3), filled row by row under the column names.
+
+    Images smaller than least_side pixels are enlarged to it so that the names fit.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = max(images.shape[1], least_side)
+    columns, rows = len(column_names), -(-len(images) // len(column_names))
+    gap, text = 4, max(11, side // 8)
+    top = (text + 2 * gap) * (2 if title else 1)
+    size = (columns * (side + gap) + gap, top + rows * (side + gap))
+    grid = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(text)
+    if title:
+        pen.text((gap, gap), title, "black", font)
+    for column, name in enumerate(column_names):
+        middle = gap + column * (side + gap) + side // 2
+        pen.text((middle, top - gap), name, "black", font, anchor="md")
+    for index, pixels in enumerate(images):
+        row, column = divmod(index, columns)
+        picture = Image.fromarray(pixels)
+        if picture.width != side:
+            picture = picture.resize((side, side), Image.Resampling.NEAREST)
+        grid.paste(picture, (gap + column * (side + gap), top + row * (side + gap)))
+    return grid
+
+
+def save_image(image, path: Path, facts: dict[str, str] | None = None) -> None:
+    """Write a PNG in one step, facts in its text chunks."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in (facts or {}).items():
+        info.add_text(key, value)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    image.save(unfinished, format="PNG", pnginfo=info)
+    os.replace(unfinished, path)
+
+
+def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
+    """Exponential moving average with the start-up bias removed (Kingma & Ba 2015, sec. 3)."""
+    average, result = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**count))
+    return result
+
+
+def draw_curves(records: list[dict], path: Path) -> None:
+    """training_curves.png: losses, losses by noise level, learning rate, gradient, throughput."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [record for record in records if record["kind"] == "train"]
+    validation = [record for record in records if record["kind"] == "validation"]
+    steps = [record["step"] for record in train]
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = dict(zip(
+        ("loss", "validation loss", "loss by noise level", "learning rate", "gradient norm",
+         "images per second"), figure.subplots(2, 3).flat,
+    ))  # fmt: skip
+
+    losses = [record["loss"] for record in train]
+    panels["loss"].plot(steps, losses, color="tab:blue", alpha=0.3, label="mean since last record")
+    panels["loss"].plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
+    marker = {"marker": ".", "markersize": 4}
+    at = [record["step"] for record in validation]
+    for key, label in (("loss", "weights"), ("loss_ema", "EMA weights")):
+        panels["validation loss"].plot(at, [r[key] for r in validation], label=label, **marker)
+    names = ("least noise", "second quarter", "third quarter", "most noise")
+    for quarter, name in enumerate(names):
+        known = [(r["step"], r["loss_quarters"][quarter]) for r in train]
+        known = [(step, loss) for step, loss in known if loss is not None]
+        values = smoothed([loss for _, loss in known], 0.8)
+        panels["loss by noise level"].plot([step for step, _ in known], values, label=name)
+    for panel, key in (("learning rate", "learning_rate"), ("gradient norm", "grad_norm"),
+                       ("images per second", "images_per_second")):  # fmt: skip
+        panels[panel].plot(steps, [record[key] for record in train])
+
+    for name, axes in panels.items():
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+        if name in ("loss", "validation loss", "loss by noise level", "gradient norm"):
+            axes.set_yscale("log")
+        if name in ("loss", "validation loss", "loss by noise level"):
+            axes.legend()
+    panels["images per second"].set_ylim(bottom=0)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    figure.savefig(unfinished, format="png", dpi=90)
+    os.replace(unfinished, path)

@@ -1,0 +1,189 @@
+"""One training run: its parts, and the periodic actions that connect them."""
+
+import math
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+import config as settings
+from command_line import build_model
+from conditional_diffusion import DDPMSampler, TrainingEngine, save_checkpoint
+from config import CLASS_NAMES, Config
+from data import Split, TrainingBatches, to_x_start
+from scores import nearest_images
+from training_monitor import (
+    TrainingMonitor,
+    labelled_grid,
+    save_image,
+    say,
+    to_uint8,
+    write_json,
+)
+
+PASS_PSNR = 20.0  # dB to the nearest training image; the overfit run's pass mark
+GRID_ROWS = 4  # pictures per class in a grid, of runs that train on more than one image each
+
+
+def due_every(steps: int, minutes: float = math.inf):
+    """Whether a periodic action is due after a step: every so many steps or minutes."""
+    last = time.monotonic()
+
+    def due(step: int) -> bool:
+        nonlocal last
+        if step % steps and time.monotonic() - last < 60 * minutes:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
+
+
+def peak_memory_gib(device) -> float:
+    """Peak memory so far: of the GPU on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def autocast_dtype(config: Config, device):
+    """bf16 where it was asked for, or where the GPU has it; else None, which means float32."""
+    precision = config.train.precision
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+class Run:
+    """One training run: its parts, and the periodic actions that connect them."""
+
+    def __init__(self, config: Config, folder: Path, splits: dict[str, Split], device, saved: dict | None):
+        self.config, self.folder, self.splits, self.device = config, folder, splits, device
+        train = config.train
+        self.batches = TrainingBatches(
+            splits["train"], config.data, train.batch_size, train.seed, device
+        )
+        self.model, self.scheduler = build_model(config, device)
+        self.engine = TrainingEngine(
+            self.model, self.scheduler,
+            total_steps=train.epochs * self.batches.steps_per_epoch,
+            learning_rate=train.learning_rate, warmup_steps=train.warmup_steps,
+            final_lr_fraction=train.final_lr_fraction, weight_decay=train.weight_decay,
+            grad_clip=train.grad_clip, class_dropout_prob=train.class_dropout_prob,
+            min_snr_gamma=config.diffusion.min_snr_gamma,
+            ema_halflife_images=train.ema_halflife_images,
+            ema_rampup_ratio=train.ema_rampup_ratio, seed=train.seed,
+            autocast_dtype=autocast_dtype(config, device),
+        )  # fmt: skip
+        if saved is not None:
+            self.engine.load_state_dict(saved)
+        # Evenly over the held-out set, which is sorted by class.
+        held_out = splits["test"]
+        count = min(train.validation_images, len(held_out))
+        index = [i * len(held_out) // max(1, count) for i in range(count)]
+        self.validation = (
+            to_x_start(held_out.images[index].to(device), config.data.image_size),
+            held_out.labels[index].to(device),
+        )
+        self.sampler = DDPMSampler(
+            self.scheduler, num_inference_steps=config.sample.grid_steps,
+            guidance_scale=config.sample.guidance_scale, clip_x_start=config.sample.clip_x_start,
+        )  # fmt: skip
+
+    def sample(self, model, rows: int, sampler=None):
+        """rows pictures per class, classes taking turns; row r of every class has seed r."""
+        labels = torch.arange(len(CLASS_NAMES), device=self.device).repeat(rows)
+        seeds = [row for row in range(rows) for _ in CLASS_NAMES]
+        size = self.config.data.image_size
+        return (sampler or self.sampler).sample(
+            model, labels, (3, size, size), seeds, batch_size=self.config.sample.batch_size
+        )
+
+    def log(self, monitor: TrainingMonitor) -> None:
+        metrics = self.engine.take_metrics()
+        monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device))
+
+    def validate(self, monitor: TrainingMonitor) -> None:
+        if not len(self.validation[1]):
+            return  # a set too small to hold anything out
+        losses = [
+            self.engine.validation_loss(model, *self.validation, self.batches.batch_size)
+            for model in (self.model, self.engine.ema_model)
+        ]
+        monitor.record("validation", step=self.engine.step, loss=losses[0], loss_ema=losses[1])
+
+    def draw(self, monitor: TrainingMonitor) -> None:
+        rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
+        for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
+            images = self.sample(model, rows)
+            monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
+
+    def save(self) -> None:
+        save_checkpoint(
+            self.folder,
+            {
+                "config": settings.to_dict(self.config),
+                "class_names": list(CLASS_NAMES),
+                "total_steps": self.engine.total_steps,
+                **self.engine.state_dict(),
+            },
+            keep=self.config.train.keep_checkpoints,
+        )
+
+    def fit(self, monitor: TrainingMonitor) -> bool:
+        """Train to the end or to a signal; either way the last step is saved."""
+        train, engine = self.config.train, self.engine
+        log_due = due_every(train.log_every)
+        first_step = engine.step + 1
+        try:
+            complete = engine.fit(
+                self.batches.starting_at(engine.step),
+                on_step=monitor.advance,
+                periodic=[
+                    (lambda step: step == first_step or log_due(step), lambda: self.log(monitor)),
+                    (due_every(train.validate_every), lambda: self.validate(monitor)),
+                    (due_every(train.validate_every), monitor.draw_curves),
+                    (due_every(train.save_every, train.save_minutes), self.save),
+                    (due_every(train.sample_every), lambda: self.draw(monitor)),
+                ],
+            )
+        finally:
+            monitor.bar.close()
+        if not complete:
+            self.save()
+            monitor.draw_curves()
+        monitor.end("finished" if complete else "interrupted")
+        return complete
+
+    def verdict(self) -> bool:
+        """Whether a sample of every class reproduces a training image of that class."""
+        config = self.config
+        sampler = type(self.sampler)(
+            self.scheduler, num_inference_steps=config.sample.num_inference_steps,
+            guidance_scale=1.0, clip_x_start=config.sample.clip_x_start,
+        )  # fmt: skip
+        rows = min(GRID_ROWS, config.data.samples_per_class)
+        pictures = self.sample(self.engine.ema_model, rows, sampler)
+        train = self.splits["train"]
+        originals = to_x_start(train.images.to(self.device), config.data.image_size)
+        index, decibels = nearest_images(pictures, originals)
+        passed, results = True, []
+        for i, (nearest, psnr) in enumerate(zip(index.tolist(), decibels.tolist())):
+            wanted, found = CLASS_NAMES[i % len(CLASS_NAMES)], CLASS_NAMES[train.labels[nearest]]
+            good = wanted == found and psnr >= PASS_PSNR
+            passed &= good
+            results.append({"class": wanted, "nearest": found, "psnr": round(psnr, 2)})
+            say(f"  {wanted:<11} {psnr:5.1f} dB to a training image of class {found:<11} "
+                f"{'ok' if good else 'FAILED'}")  # fmt: skip
+        write_json(self.folder / "verdict.json", {"passed": passed, "pictures": results})
+        pairs = torch.cat([
+            part for row in range(rows) for start in [row * len(CLASS_NAMES)]
+            for part in (originals[index[start : start + len(CLASS_NAMES)]],
+                         pictures[start : start + len(CLASS_NAMES)])
+        ])  # fmt: skip
+        grid = labelled_grid(to_uint8(pairs), CLASS_NAMES, "nearest training image above, sample below")
+        save_image(grid, self.folder / "verdict.png")
+        say(f"{'PASS' if passed else 'FAIL'}: every class must be right at {PASS_PSNR:g} dB or "
+            f"better; picture: {self.folder / 'verdict.png'}")  # fmt: skip
+        return passed
