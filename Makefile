@@ -69,7 +69,7 @@ monitor:  ## Live view of the run and the GPU
 	@$(BASE_PYTHON) run_status.py monitor
 
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
-	@$(PYTHON) run_status.py gpu-status
+	@$(PYTHON) gpu_status.py
 
 check: $(TEST_ENVIRONMENT)  ## The test suite
 	@$(PYTHON) -m pytest -q tests $(ARGS)

@@ -211,6 +211,10 @@ class Config:
             f"data.image_size {self.data.image_size} must be a multiple of {multiple}: patches of "
             f"{self.model.patch_size} pixels, halved {len(self.model.channel_mult) - 1} times",
         )
+        require(
+            self.mode != "overfit" or self.data.samples_per_class >= 1,
+            "data.samples_per_class must be at least 1 in an overfit run",
+        )
         for name in ("num_inference_steps", "grid_steps"):
             steps, T = getattr(self.sample, name), self.diffusion.num_train_timesteps
             require(steps <= T, f"sample.{name} {steps} exceeds the {T} diffusion timesteps")
@@ -236,13 +240,16 @@ def overfit() -> Config:
     """Memorise one image per class with the full model: proves model, data and sampler."""
     return Config(
         mode="overfit",
+        # A picture has to be recalled from its class alone, at noise levels where min-SNR weights
+        # are near zero.
+        diffusion=DiffusionConfig(min_snr_gamma=0.0),
         data=DataConfig(samples_per_class=1, repeats=10, horizontal_flip=False),
         train=TrainConfig(
-            epochs=60, batch_size=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0,
+            epochs=50, batch_size=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0,
             class_dropout_prob=0.0, log_every=10, validate_every=100, validation_images=20,
             sample_every=100, save_every=200,
         ),
-        sample=SampleConfig(num_inference_steps=50, grid_steps=20, guidance_scale=1.0),
+        sample=SampleConfig(num_inference_steps=25, grid_steps=20, guidance_scale=1.0),
     )  # fmt: skip
 
 
@@ -263,13 +270,14 @@ def demo() -> Config:
     """A small model on the built-in pictograms: the whole product on a laptop CPU."""
     return Config(
         mode="demo",
-        model=ModelConfig(num_res_blocks=(1, 1, 1), attention_sizes=(8,), patch_size=2),
-        data=DataConfig(dataset="pictograms", image_size=64, samples_per_class=500,
-                        horizontal_flip=False),
-        train=TrainConfig(epochs=10, batch_size=50, learning_rate=1e-3, warmup_steps=50,
-                          validate_every=200, validation_images=200, sample_every=500,
-                          save_every=500),
-        sample=SampleConfig(num_inference_steps=100, grid_steps=25, guidance_scale=1.0),
+        model=ModelConfig(num_res_blocks=(1, 1, 1), attention_sizes=(4,), patch_size=2),
+        data=DataConfig(dataset="pictograms", image_size=32, horizontal_flip=False),
+        train=TrainConfig(
+            epochs=4, batch_size=16, learning_rate=1e-3, warmup_steps=50, weight_decay=0.0,
+            class_dropout_prob=0.0, validate_every=300, validation_images=200, sample_every=600,
+            save_every=600,
+        ),
+        sample=SampleConfig(num_inference_steps=100, grid_steps=50, guidance_scale=1.0),
     )  # fmt: skip
 
 

@@ -34,6 +34,9 @@ from training_monitor import (
 )
 
 
+USER_ERRORS = (ConfigError, CheckpointError)
+
+
 def parse_arguments():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
@@ -142,4 +145,4 @@ def write_pictures(
 
 
 if __name__ == "__main__":
-    exit_with(main, (ConfigError, CheckpointError))
+    exit_with(main, USER_ERRORS)

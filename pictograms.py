@@ -1,7 +1,7 @@
 """Pictograms: a small drawn stand-in for CIFAR-10, made offline and from a seed alone.
 
 Every class has one flat drawing in unit coordinates (x to the right, y down, the frame is
-[0, 1] x [0, 1]).  Colour, background, size, place and mirroring vary from image to image.
+[0, 1] x [0, 1]).  Colour, background, size and place vary from image to image.
 """
 
 import colorsys
@@ -56,12 +56,10 @@ def smooth(points: Points) -> np.ndarray:
 class Canvas:
     """Draws shapes given in unit coordinates; `twin` adds a shape's reflection in x = 0.5."""
 
-    def __init__(
-        self, size: int, background: Color, scale: float, mirror: bool, center: np.ndarray
-    ):
-        """The drawing is scaled (and mirrored) about its middle, which lands on `center` (2,)."""
+    def __init__(self, size: int, background: Color, scale: float, center: np.ndarray):
+        """The drawing is scaled about its middle, which lands on `center` (2,)."""
         self.pixels, self.scale, self.center = size * SUPERSAMPLING, scale, center
-        self.pose = scale * np.diag((-1.0 if mirror else 1.0, 1.0))
+        self.pose = scale * np.eye(2)
         self.image = Image.new("RGB", (self.pixels, self.pixels), background)
         self.pen = ImageDraw.Draw(self.image)
 
@@ -255,10 +253,10 @@ def draw_pictogram(
     color = light(colors[generator.integers(len(colors))], generator.uniform(0.0, 0.15))
     hue, saturation, value = generator.uniform((0.0, 0.08, 0.92), (1.0, 0.22, 0.99))
     background = tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value))
-    scale, mirror = generator.uniform(0.8, 1.0), generator.uniform() < 0.5
+    scale = generator.uniform(0.8, 1.0)
     center = generator.uniform(0.47, 0.53, size=2)
 
-    canvas = Canvas(image_size, background, scale, mirror, center)
+    canvas = Canvas(image_size, background, scale, center)
     draw(canvas, color)
     return canvas.image.resize((image_size, image_size), Image.Resampling.BOX)
 

@@ -7,6 +7,9 @@ from data import DataError, prepare
 from training_monitor import progress, say
 
 
+USER_ERRORS = (ConfigError, DataError)
+
+
 def main() -> int:
     parser = Parser(description=__doc__)
     add_config_flags(parser, ("data",))
@@ -16,4 +19,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main, (ConfigError, DataError))
+    exit_with(main, USER_ERRORS)

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,10 @@ from training_monitor import (
     say,
 )
 from training_run import Run
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+USER_ERRORS = (ConfigError, CheckpointError, DataError, RunInUse, TrainingDiverged)
 
 
 def parse_arguments():
@@ -128,23 +133,27 @@ def clear_away(mode: str, folder: Path) -> None:
     say(f"the earlier run was moved to {aside}")
 
 
-def stop_on_signals(engine) -> list[int]:
+@contextmanager
+def stopping_on_signals(engine):
     """The first SIGINT or SIGTERM ends the run after its current step; a second one at once.
 
-    Returns the list in which the signal will be noted.
+    Yields the list in which the signal will be noted.
     """
     received: list[int] = []
 
-    def request_stop(signal_number, frame):
-        received.append(signal_number)
+    def request_stop(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
         engine.stop_requested = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
         say("stopping after this step; the run will be saved (once more: stop at once)")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
-    return received
+    earlier = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def describe(run: Run, device) -> str:
@@ -195,8 +204,9 @@ def main() -> int:
         if saved:
             say(f"continuing at step {engine.step}")
         monitor.begin(engine.step, settings.to_dict(config))
-        received = stop_on_signals(engine)
-        if not run.fit(monitor):
+        with stopping_on_signals(engine) as received:
+            complete = run.fit(monitor)
+        if not complete:
             say(f"stopped and saved at step {engine.step}; continue with: {command}")
             return 128 + received[0]
         if config.mode == "overfit":
@@ -206,4 +216,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main, (ConfigError, CheckpointError, DataError, RunInUse, TrainingDiverged))
+    exit_with(main, USER_ERRORS)

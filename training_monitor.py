@@ -68,18 +68,25 @@ def acquire_lock(folder: Path) -> TextIO:
 
     Raises RunInUse if another live process holds it.
     """
-    lock = open(folder / "run.lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        owner = json.loads((folder / "run.json").read_text())
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
-        raise RunInUse(
-            f"{folder} is in use by process {owner['pid']} on {owner['host']} since {since}; "
-            f"wait for it or stop it (kill {owner['pid']})"
-        ) from None
-    return lock
+    lock = open(folder / "run.lock", "a")
+    for _ in range(20):  # a reader that looks whether the run lives holds it for an instant
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            time.sleep(0.01)
+    lock.close()
+    raise RunInUse(f"{folder} is in use by {owner(folder)}; wait for it or stop it")
+
+
+def owner(folder: Path) -> str:
+    """Who runs there, from run.json, which a run of this instant may not have written yet."""
+    path = folder / "run.json"
+    if not path.exists():
+        return "another process"
+    facts = json.loads(path.read_text())
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
+    return f"process {facts['pid']} on {facts['host']} since {since}"
 
 
 def refuse_second_run(folder: Path) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import config as settings
 from command_line import build_model
@@ -58,7 +59,14 @@ def autocast_dtype(config: Config, device):
 class Run:
     """One training run: its parts, and the periodic actions that connect them."""
 
-    def __init__(self, config: Config, folder: Path, splits: dict[str, Split], device, saved: dict | None):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        splits: dict[str, Split],
+        device: torch.device,
+        saved: dict | None,
+    ):
         self.config, self.folder, self.splits, self.device = config, folder, splits, device
         train = config.train
         self.batches = TrainingBatches(
@@ -86,18 +94,18 @@ class Run:
             to_x_start(held_out.images[index].to(device), config.data.image_size),
             held_out.labels[index].to(device),
         )
-        self.sampler = DDPMSampler(
-            self.scheduler, num_inference_steps=config.sample.grid_steps,
-            guidance_scale=config.sample.guidance_scale, clip_x_start=config.sample.clip_x_start,
-        )  # fmt: skip
 
-    def sample(self, model, rows: int, sampler=None):
-        """rows pictures per class, classes taking turns; row r of every class has seed r."""
+    def sample(self, model, rows: int, num_inference_steps: int) -> Tensor:
+        """Pictures (rows * classes, 3, H, W), classes taking turns; all of row r have seed r."""
+        settings, size = self.config.sample, self.config.data.image_size
+        sampler = DDPMSampler(
+            self.scheduler, num_inference_steps=num_inference_steps,
+            guidance_scale=settings.guidance_scale, clip_x_start=settings.clip_x_start,
+        )  # fmt: skip
         labels = torch.arange(len(CLASS_NAMES), device=self.device).repeat(rows)
         seeds = [row for row in range(rows) for _ in CLASS_NAMES]
-        size = self.config.data.image_size
-        return (sampler or self.sampler).sample(
-            model, labels, (3, size, size), seeds, batch_size=self.config.sample.batch_size
+        return sampler.sample(
+            model, labels, (3, size, size), seeds, batch_size=settings.batch_size
         )
 
     def log(self, monitor: TrainingMonitor) -> None:
@@ -116,7 +124,7 @@ class Run:
     def draw(self, monitor: TrainingMonitor) -> None:
         rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
-            images = self.sample(model, rows)
+            images = self.sample(model, rows, self.config.sample.grid_steps)
             monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
 
     def save(self) -> None:
@@ -157,32 +165,27 @@ class Run:
         return complete
 
     def verdict(self) -> bool:
-        """Whether a sample of every class reproduces a training image of that class."""
-        config = self.config
-        sampler = type(self.sampler)(
-            self.scheduler, num_inference_steps=config.sample.num_inference_steps,
-            guidance_scale=1.0, clip_x_start=config.sample.clip_x_start,
-        )  # fmt: skip
+        """Whether every class's samples reproduce one of its own training images.
+
+        Writes verdict.json and verdict.png: nearest training images above, samples below.
+        """
+        config, train, classes = self.config, self.splits["train"], len(CLASS_NAMES)
         rows = min(GRID_ROWS, config.data.samples_per_class)
-        pictures = self.sample(self.engine.ema_model, rows, sampler)
-        train = self.splits["train"]
+        pictures = self.sample(self.engine.ema_model, rows, config.sample.num_inference_steps)
         originals = to_x_start(train.images.to(self.device), config.data.image_size)
         index, decibels = nearest_images(pictures, originals)
-        passed, results = True, []
+        results = []
         for i, (nearest, psnr) in enumerate(zip(index.tolist(), decibels.tolist())):
-            wanted, found = CLASS_NAMES[i % len(CLASS_NAMES)], CLASS_NAMES[train.labels[nearest]]
+            wanted, found = CLASS_NAMES[i % classes], CLASS_NAMES[train.labels[nearest]]
             good = wanted == found and psnr >= PASS_PSNR
-            passed &= good
-            results.append({"class": wanted, "nearest": found, "psnr": round(psnr, 2)})
+            results.append({"class": wanted, "nearest": found, "psnr": round(psnr, 2), "ok": good})
             say(f"  {wanted:<11} {psnr:5.1f} dB to a training image of class {found:<11} "
                 f"{'ok' if good else 'FAILED'}")  # fmt: skip
+        passed = all(result["ok"] for result in results)
         write_json(self.folder / "verdict.json", {"passed": passed, "pictures": results})
-        pairs = torch.cat([
-            part for row in range(rows) for start in [row * len(CLASS_NAMES)]
-            for part in (originals[index[start : start + len(CLASS_NAMES)]],
-                         pictures[start : start + len(CLASS_NAMES)])
-        ])  # fmt: skip
-        grid = labelled_grid(to_uint8(pairs), CLASS_NAMES, "nearest training image above, sample below")
+        pairs = torch.stack([originals[index], pictures])  # (2, rows * classes, 3, H, W)
+        pairs = pairs.unflatten(1, (rows, classes)).transpose(0, 1).flatten(0, 2)
+        grid = labelled_grid(to_uint8(pairs), CLASS_NAMES, "nearest training image, sample below")
         save_image(grid, self.folder / "verdict.png")
         say(f"{'PASS' if passed else 'FAIL'}: every class must be right at {PASS_PSNR:g} dB or "
             f"better; picture: {self.folder / 'verdict.png'}")  # fmt: skip

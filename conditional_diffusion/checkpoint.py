@@ -42,7 +42,7 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int) -> Path:
     """
     path = checkpoint_path(folder, state["step"])
     unfinished = path.with_suffix(".tmp")
-    state = {"format": FORMAT, "version": FORMAT_VERSION, "torch": torch.__version__, **state}
+    state = {"format": FORMAT, "version": FORMAT_VERSION, "torch": str(torch.__version__), **state}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
@@ -52,8 +52,9 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int) -> Path:
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a failed write as RuntimeError, with the cause in its context.
-        unfinished.unlink(missing_ok=True)
         raise CheckpointError(write_failure(path, error)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)  # gone already unless something failed
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+FILTER_SIZE = 5  # patches a side that the linear path from input to output looks at
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal features (B, dim) of timesteps (B,), Vaswani et al. 2017, sec. 3.5. dim is even."""
     half = dim // 2
@@ -29,6 +32,16 @@ def patch_basis(patch_size: int) -> Tensor:
     cosines[0] /= math.sqrt(2)
     basis = torch.einsum("ui,vj->uvij", cosines, cosines)
     return basis.reshape(patch_size**2, 1, patch_size, patch_size).float()
+
+
+def filter_each(x: Tensor, kernels: Tensor) -> Tensor:
+    """Each channel of x (B, C, H, W) convolved with its own kernel, kernels (B, C * K * K)."""
+    B, C, H, W = x.shape
+    kernels = kernels.view(B * C, 1, FILTER_SIZE, FILTER_SIZE)
+    filtered = F.conv2d(
+        x.reshape(1, B * C, H, W), kernels, padding=FILTER_SIZE // 2, groups=B * C
+    )
+    return filtered.view(B, C, H, W)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -184,7 +197,7 @@ class UNet(nn.Module):
                 channels = widths[level]
         self.out_norm = group_norm(channels)
         self.out = zeroed(nn.Conv2d(channels, coefficients, 3, padding=1))
-        self.input_gain = zeroed(nn.Linear(time_embed_dim, coefficients))
+        self.input_filter = zeroed(nn.Linear(time_embed_dim, coefficients * FILTER_SIZE**2))
 
     def forward(self, x_t: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
@@ -209,5 +222,5 @@ class UNet(nn.Module):
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), cond)
         h = self.out(F.silu(self.out_norm(h)))
-        h = h + self.input_gain(time)[:, :, None, None] * patches
+        h = h + filter_each(patches, self.input_filter(time))
         return F.conv_transpose2d(h, self.basis, **patch)

@@ -109,11 +109,14 @@ def test_alive_while_the_lock_is_held_then_died(tmp_path, hold_lock):
     assert "died: killed without a word, last sign 13 min ago" in status_of(tmp_path)
 
 
-def test_probing_leaves_the_lock_free(tmp_path):
+def test_probing_leaves_the_lock_free_and_two_probes_do_not_meet(tmp_path):
     folder = write_run(tmp_path)
     only_run(tmp_path)
     with open(folder / "run.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(folder / "run.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as another probe does
+        assert only_run(tmp_path).state == "died"
 
 
 @pytest.mark.parametrize("state", ["finished", "interrupted", "failed"])
@@ -143,8 +146,9 @@ def test_without_flock_the_pid_decides(tmp_path, monkeypatch):
     assert only_run(tmp_path).state == "running"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    write_run(tmp_path, host=here, pid=gone.pid)
-    assert only_run(tmp_path).state == "died"
+    for pid in (gone.pid, 10**14):
+        write_run(tmp_path, host=here, pid=pid)
+        assert only_run(tmp_path).state == "died"
     write_run(tmp_path, host="elsewhere", pid=os.getpid())
     assert only_run(tmp_path).state == "running"
     assert "cannot tell from this machine" in status_of(tmp_path)
@@ -170,7 +174,7 @@ def test_numbers_of_the_status(tmp_path):
         train(300, loss=0.3), validation(300, 0.03)])
     for name, size, age in (("checkpoint_00000200.pt", 3 * 2**20, 7200),
                             ("checkpoint_00000100.pt", 2**20, 10_800),
-                            ("samples/step_1.png", 1, 50), ("samples/step_0.png", 1, 60)):
+                            *((f"samples/{i}.png", 1, 50 + abs(i - 5)) for i in range(9))):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(size))
@@ -183,7 +187,7 @@ def test_numbers_of_the_status(tmp_path):
           validation   last 0.03       best 0.02       at step 200
             with EMA   last 0.018      best 0.018      at step 200
           speed        7.5 images/s
-          last sample  checkpoints/samples/step_1.png
+          last sample  checkpoints/samples/5.png
           checkpoints  step 100            1.0 MiB   3 h 00 min ago
                        step 200            3.0 MiB   2 h 00 min ago""")
 
@@ -199,9 +203,10 @@ def test_status_fits_80_columns(tmp_path, hold_lock):
 
 
 def test_time_left_by_hand(tmp_path, hold_lock):
-    # Only the last 20 records count: steps 60 to 250, 3 s each; the first ones took 100 s each.
-    records = [train(step, time=NOW - 5000 + 100 * step) for step in (10, 20, 30, 40, 50)]
-    records += [train(step, time=NOW + 3 * step) for step in range(60, 260, 10)]
+    # Only the last 20 records count: steps 60 to 250 in 190 + 190 * 2 = 570 s, so 3 s a step.
+    records = [train(step, time=NOW - 5000 + 10 * step) for step in (10, 20, 30, 40, 50)]
+    records += [train(60, time=NOW + 2 * 60 - 190)]
+    records += [train(step, time=NOW + 2 * step) for step in range(70, 260, 10)]
     folder = write_run(tmp_path, records=records, total_steps=1000)
     hold_lock(folder)
     assert only_run(tmp_path).seconds_left == pytest.approx((1000 - 250) * 3)
@@ -302,6 +307,16 @@ def test_status_imports_no_torch_and_needs_no_terminal(tmp_path):
     assert "torch was imported" in run_script("gpu-status", PYTHONPATH=str(tmp_path)).stderr
 
 
+def test_an_output_that_lacks_characters_or_is_closed(tmp_path):
+    write_run(tmp_path, mode="größer")
+    done = run_script("status", "--root", tmp_path, PYTHONIOENCODING="ascii")
+    assert done.stdout.startswith("gr??er run in checkpoints\n")
+    shell = f"'{sys.executable}' '{SCRIPT}' monitor --root '{tmp_path}'"
+    assert subprocess.run(f"{shell} >&-", shell=True, capture_output=True).stderr == b""
+    done = subprocess.run(f"{shell} | true", shell=True, capture_output=True)
+    assert done.stderr == b""
+
+
 def test_a_root_that_is_not_there(tmp_path):
     done = run_script("status", "--root", tmp_path / "nowhere")
     assert done.returncode == 2
@@ -372,11 +387,10 @@ def test_monitor_fits_the_terminal(tmp_path, size):
 
 
 class Terminal:
-    """The monitor on a pseudo-terminal of 80x24."""
+    """The monitor on a pseudo-terminal that does not tell its size."""
 
     def __init__(self, root):
         self.master, self.slave = pty.openpty()
-        termios.tcsetwinsize(self.slave, (24, 80)) if hasattr(termios, "tcsetwinsize") else None
         self.before = termios.tcgetattr(self.slave)
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT), "monitor", "--root", str(root)], stdin=self.slave,
@@ -430,6 +444,7 @@ def test_monitor_waits_for_a_run_and_redraws_in_place(terminal, tmp_path):
     terminal.wait_for("full run in checkpoints")
     terminal.wait_for("step 10 of 5000")
     assert terminal.seen.count("\x1b[H") >= 2 and "\x1b[2J" not in terminal.seen
+    assert "by noise     0.1  0.05  n/a  0.01  (least to most noise)" in terminal.seen
 
 
 # --- GPUs ------------------------------------------------------------------------------------

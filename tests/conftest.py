@@ -1,0 +1,63 @@
+"""What several test files share: the import path, the markers and a network for the CPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from conditional_diffusion import CosineNoiseScheduler, UNet  # noqa: E402
+
+TINY = {
+    "image_size": 16, "base_channels": 16, "channel_mult": (1, 2), "num_res_blocks": (1, 1),
+    "attention_sizes": (4,), "patch_size": 2, "time_embed_dim": 16, "class_embed_dim": 16,
+}  # fmt: skip
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; run with -m slow")
+    config.addinivalue_line("markers", "gpu: needs CUDA; run with -m gpu")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow and not gpu"
+
+
+@pytest.fixture
+def tiny_model():
+    """tiny_model(seed=0, **overrides): a UNet for 16x16 images, its weights fixed by the seed."""
+
+    def build(seed: int = 0, **overrides) -> UNet:
+        torch.manual_seed(seed)
+        return UNet(**{**TINY, **overrides})
+
+    return build
+
+
+@pytest.fixture
+def awake_model(tiny_model):
+    """As tiny_model, with small noise in the parameters that start at zero.
+
+    At initialisation these silence most of the network, so that tests of what it does with its
+    inputs would pass or fail for nothing.
+    """
+
+    def build(seed: int = 0, **overrides) -> UNet:
+        model = tiny_model(seed, **overrides)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.data.normal_(std=0.1, generator=generator)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def schedule():
+    """schedule(T=50, **options): a noise schedule short enough for a whole chain."""
+
+    def build(T: int = 50, **options) -> CosineNoiseScheduler:
+        return CosineNoiseScheduler(T, **options)
+
+    return build

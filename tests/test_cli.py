@@ -1,0 +1,300 @@
+"""The scripts as a user runs them: whole small runs, resuming, and every kind of bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import command_line
+import generate_samples
+import prepare_data
+import train_model
+from config import CLASS_NAMES
+from training_monitor import read_metrics
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--device", "cpu", "--data.image_size", "16", "--model.base_channels", "16",
+    "--model.channel_mult", "1,2", "--model.num_res_blocks", "1,1", "--model.attention_sizes", "4",
+    "--model.patch_size", "2", "--diffusion.num_train_timesteps", "50",
+    "--sample.num_inference_steps", "5", "--sample.grid_steps", "3",
+    "--train.validation_images", "10",
+]  # fmt: skip
+PICTOGRAMS = [*TINY, "--dataset", "pictograms"]
+QUICK = ["--quick-test", *PICTOGRAMS]
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, *arguments) -> (exit status, what it said), as the shell would see them."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            command_line.exit_with(script.main, script.USER_ERRORS)
+        output = "".join(capsys.readouterr())
+        # A text as the exit code is what Python prints to stderr before it exits with 1.
+        if isinstance(stop.value.code, str):
+            return 1, output + stop.value.code
+        return stop.value.code or 0, output
+
+    return run
+
+
+def assert_one_sentence(said: str, *words: str) -> None:
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    for word in words:
+        assert word in errors[0], said
+
+
+def test_quick_test_then_generate(call):
+    status, said = call(train_model, *QUICK)
+    assert status == 0 and "next: make generate" in said
+    run = Path("checkpoints_overfit/quick-test")
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+    assert json.loads((run / "config.json").read_text())["data"]["dataset"] == "pictograms"
+    records = read_metrics(run)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
+    assert {"loss_quarters", "grad_norm", "images_per_second"} <= records[0].keys()
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [5, 10]
+    for picture in ("training_curves.png", "samples/step_00000010_ema.png"):
+        with Image.open(run / picture) as image:
+            assert min(image.size) > 50
+
+    status, said = call(generate_samples, "--samples", 2, "--classes", "cat,9", "--seed", 7)
+    assert status == 0, said
+    out = Path("generated_images")
+    names = {"cat_0007.png", "cat_0008.png", "truck_0007.png", "truck_0008.png"}
+    assert names | {"grid.png", "samples.json"} == {path.name for path in out.iterdir()}
+    facts = json.loads((out / "samples.json").read_text())
+    assert facts["step"] == 10 and facts["weights"] == "EMA"
+    assert facts["pictures"][1] == {"class": "truck", "seed": 7}
+    with Image.open(out / "cat_0007.png") as image:
+        assert image.size == (16, 16) and image.text["class"] == "cat"
+
+
+def test_picture_does_not_depend_on_what_else_is_drawn(call):
+    call(train_model, *QUICK)
+    call(generate_samples, "--samples", 3, "--output", "many")
+    call(generate_samples, "--classes", "dog", "--samples", 1, "--seed", 2, "--output", "one")
+    with Image.open("many/dog_0002.png") as a, Image.open("one/dog_0002.png") as b:
+        difference = torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))
+    assert difference.abs().max() <= 1  # a level, from float rounding in other batch shapes
+
+
+def test_overfit_verdict_decides_the_exit_status(call):
+    arguments = ["--overfit", *PICTOGRAMS, "--train.log_every", 1]
+    status, said = call(train_model, *arguments, "--epochs", 1)
+    assert status == 1 and "FAIL" in said
+    verdict = json.loads(Path("checkpoints_overfit/verdict.json").read_text())
+    assert [p["class"] for p in verdict["pictures"]] == list(CLASS_NAMES)
+    with Image.open("checkpoints_overfit/verdict.png") as image:
+        assert image.size[0] > 10 * 64
+
+    # A complete run is followed by a new one, and kept.
+    status, said = call(train_model, *arguments, "--epochs", 60)
+    assert Path("checkpoints_overfit_1/verdict.json").exists()
+    verdict = json.loads(Path("checkpoints_overfit/verdict.json").read_text())
+    assert status == (0 if verdict["passed"] else 1)
+    better = all(p["psnr"] >= 20 and p["class"] == p["nearest"] for p in verdict["pictures"])
+    assert verdict["passed"] == better
+    assert ("PASS" in said) == better
+
+
+def test_interrupted_run_continues_to_the_same_weights(call):
+    full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 2,
+            "--train.log_every", 1]  # fmt: skip
+    call(train_model, *full)
+    whole = torch.load("checkpoints/checkpoint_00000010.pt", weights_only=True)
+    assert call(train_model, *full)[1].count("is complete") == 1
+    status, said = call(train_model, *full, "--fresh", "--epochs", 1)
+    assert status == 0 and "checkpoints_1" in said
+    command = [sys.executable, str(ROOT / "train_model.py"), *map(str, full), "--fresh"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130, rest
+    assert "continue with: " in rest
+    state = json.loads(Path("checkpoints/run.json").read_text())
+    assert state["state"] == "interrupted"
+    status, said = call(train_model, *full)
+    assert status == 0 and "continuing at step" in said
+    resumed = torch.load("checkpoints/checkpoint_00000010.pt", weights_only=True)
+    for part in ("model", "ema"):
+        for name, value in whole[part].items():
+            torch.testing.assert_close(resumed[part][name], value, rtol=0, atol=0)
+    steps = [r["step"] for r in read_metrics(Path("checkpoints")) if r["kind"] == "train"]
+    assert steps == list(range(1, 11))
+
+
+def test_resume_refuses_what_would_be_another_model(call):
+    call(train_model, "--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1)
+    status, said = call(
+        train_model, "--full", *PICTOGRAMS, "--samples", 2, "--model.base_channels", 32
+    )
+    assert status == 1
+    assert_one_sentence(said, "model.base_channels 16 (now 32)", "--fresh")
+
+
+def test_second_run_in_a_directory_is_refused(call):
+    import fcntl
+
+    call(train_model, *QUICK)
+    folder = Path("checkpoints_overfit/quick-test")
+    before = sorted(folder.iterdir())
+    with open(folder / "run.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, said = call(train_model, *QUICK)
+    assert status == 1
+    assert_one_sentence(said, "in use by process")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch):
+    import data
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(data, "SEARCH_PATH", ())
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
+    status, said = call(train_model, "--full", *TINY)
+    assert status == 1
+    assert_one_sentence(said, "Three ways")
+    status, said = call(train_model, "--quick-test", *TINY)
+    assert status == 0 and "falling back to the built-in pictograms" in said
+    status, said = call(train_model, "--quick-test", *TINY, "--dataset", "cifar10")
+    assert status == 1, "what was asked for is not replaced"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--full", "--data-dir", "nowhere"], ["DATA_DIR nowhere does not exist"]),
+        (["--overfit", "--samples", "0"], ["--samples", "at least 1"]),
+        (["--overfit", "--samples", "two"], ["--samples", "'two'"]),
+        (["--full", "--batch-size", "-3"], ["train.batch_size", "at least 1"]),
+        (["--full", "--train.lerning_rate", "1"], ["--train.lerning_rate", "--train.learning_rate"]),
+        (["--full", "--epoch", "1"], ["--epoch", "--epochs"]),
+        (["--full", "--train.epochs", "many"], ["train.epochs", "whole number"]),
+        (["--full", "--device", "cuda:99"], ["cuda:99", "gpu-status"]),
+        (["--full", "--device", "tpu"], ["tpu"]),
+        (["--full", "--overfit"], ["not allowed"]),
+        ([], ["required"]),
+        (["--full", "extra"], ["extra"]),
+    ],
+)
+def test_training_refuses_bad_input(call, arguments, words):
+    status, said = call(train_model, *arguments)
+    assert status in (1, 2)
+    assert_one_sentence(said, *words)
+    assert not list(Path().glob("checkpoints*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["no usable checkpoint", "make demo"]),
+        (["nowhere.pt"], ["nowhere.pt does not exist"]),
+        (["--samples", "0"], ["--samples", "at least 1"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--seed", "x"], ["--seed", "whole number"]),
+        (["--sample", "3"], ["--sample", "--samples"]),
+    ],
+)
+def test_generation_refuses_bad_input(call, arguments, words):
+    status, said = call(generate_samples, *arguments)
+    assert status in (1, 2)
+    assert_one_sentence(said, *words)
+    assert not Path("generated_images").exists()
+
+
+def test_generation_refuses_unusable_checkpoints_and_settings(call):
+    call(train_model, *QUICK)
+    good = Path("checkpoints_overfit/quick-test/checkpoint_00000010.pt")
+    Path("half.pt").write_bytes(good.read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(3)}, "other.pt")
+    for arguments, words in [
+        (["half.pt"], ["half.pt is damaged"]),
+        (["other.pt"], ["other.pt is a torch file, but not a checkpoint"]),
+        ([good, "--classes", "cat,dgo"], ["'dgo'", "'dog'"]),
+        ([good, "--classes", "12"], ["'12'", "0..9"]),
+        ([good, "--classes", ","], ["no class given"]),
+        ([good, "--guidance", "3"], ["guidance", "null label"]),
+        ([good, "--steps", "51"], ["50 diffusion timesteps"]),
+        ([good, "--batch-size", "0"], ["batch_size", "at least 1"]),
+        ([good, "--output", good / "below"], ["below"]),
+    ]:
+        status, said = call(generate_samples, *arguments)
+        assert status == 1, said
+        assert_one_sentence(said, *words)
+
+
+def test_damaged_newest_checkpoint_is_passed_over(call):
+    full = ["--full", *PICTOGRAMS, "--samples", 2, "--batch-size", 20, "--train.save_every", 2]
+    call(train_model, *full, "--epochs", 4)
+    newest = Path("checkpoints/checkpoint_00000004.pt")
+    newest.write_bytes(newest.read_bytes()[:999])
+    status, said = call(generate_samples, "--samples", 1, "--grid-only")
+    assert status == 0
+    assert "checkpoint_00000004.pt is damaged" in said and "checkpoint_00000002.pt" in said
+    assert [path.name for path in Path("generated_images").glob("*.png")] == ["grid.png"]
+
+
+def test_unwritable_place_and_full_disk_lose_nothing(call, monkeypatch):
+    Path("checkpoints_overfit").write_text("a file where the folder should be")
+    status, said = call(train_model, *QUICK)
+    assert status == 1
+    assert_one_sentence(said, "checkpoints_overfit")
+    Path("checkpoints_overfit").unlink()
+
+    full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 2]
+    call(train_model, *full)
+    before = Path("checkpoints/checkpoint_00000002.pt").read_bytes()
+
+    def no_space(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", no_space)
+    status, said = call(train_model, *full, "--epochs", 3)
+    assert status == 1
+    assert_one_sentence(said, "checkpoint_00000003.pt", "the disk is full")
+    assert [p.name for p in Path("checkpoints").glob("checkpoint_*")] == ["checkpoint_00000002.pt"]
+    assert Path("checkpoints/checkpoint_00000002.pt").read_bytes() == before
+    assert json.loads(Path("checkpoints/run.json").read_text())["state"] == "failed"
+
+
+def test_prepare_refuses_bad_input(call):
+    status, said = call(prepare_data, "--data-dir", "nowhere")
+    assert status == 1
+    assert_one_sentence(said, "nowhere does not exist")
+
+
+@pytest.mark.parametrize("script", ["train_model", "generate_samples", "prepare_data"])
+def test_help_is_complete(script):
+    result = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    wanted = {
+        "train_model": ["--full", "--samples", "--train.learning_rate", "--model.channel_mult"],
+        "generate_samples": ["CHECKPOINT", "--classes", "--guidance", "--steps", "--raw"],
+        "prepare_data": ["--data-dir", "--data.skip_unreadable"],
+    }[script]
+    assert all(word in result.stdout for word in wanted)

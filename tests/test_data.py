@@ -1,0 +1,386 @@
+"""Data: where it is found, what is refused, how it is prepared and batched."""
+
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from config import CLASS_NAMES, DataConfig
+from data import DataError, Split, TrainingBatches
+
+REAL_DATA = os.environ.get("TEST_DATA_DIR", "")
+CONFIG = DataConfig(image_size=16)
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path, monkeypatch):
+    """Prepared data land in a directory of the test's own; the search path is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SEARCH_PATH", (Path("data/cifar10-128x128"),))
+
+
+def png(color, size=(8, 8), mode="RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shade(split: str, label: int, index: int) -> tuple[int, int, int]:
+    """A colour that says which picture it is."""
+    return (label * 20, index * 10, 200 if split == "test" else 50)
+
+
+def class_tree(folder_name=lambda label: CLASS_NAMES[label], counts=(("train", 3), ("test", 1))):
+    """{relative path: content} of a small, complete source."""
+    return {
+        f"{split}/{folder_name(label)}/picture {index}.png".lstrip("/"): png(
+            shade(split, label, index)
+        )
+        for split, count in counts
+        for label in range(10)
+        for index in range(count)
+    }
+
+
+def write_tree(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def load(config=CONFIG, **changes) -> tuple[dict[str, Split], list[str]]:
+    said: list[str] = []
+    config = replace(config, **changes)
+    splits = data.load_splits(
+        config, seed=0, progress=lambda items, total, what: items, say=said.append
+    )
+    return splits, said
+
+
+def expected(split: str, count: int) -> np.ndarray:
+    return np.array([shade(split, label, i) for label in range(10) for i in range(count)])
+
+
+def assert_small_source(splits):
+    for split, count in (("train", 3), ("test", 1)):
+        assert splits[split].images.shape == (10 * count, 3, 8, 8)
+        assert splits[split].labels.tolist() == [c for c in range(10) for _ in range(count)]
+        np.testing.assert_array_equal(splits[split].images[:, :, 3, 4], expected(split, count))
+
+
+def test_folders_named_by_class(tmp_path):
+    splits, said = load(data_dir=str(write_tree(tmp_path / "pictures", class_tree())))
+    assert_small_source(splits)
+    assert any("train 30 pictures: airplane 3, automobile 3" in line for line in said)
+
+
+def test_folders_named_by_index(tmp_path):
+    source = write_tree(tmp_path / "pictures", class_tree("class{}".format))
+    assert_small_source(load(data_dir=str(source))[0])
+
+
+def test_zip_file_and_folder_of_zips(tmp_path):
+    files = class_tree()
+    whole = write_zip(tmp_path / "one" / "all.zip", files)
+    assert_small_source(load(data_dir=str(whole))[0])
+    for split in ("train", "test"):
+        part = {name: content for name, content in files.items() if name.startswith(split)}
+        write_zip(tmp_path / "parts" / f"{split}.zip", part)
+    assert_small_source(load(data_dir=str(tmp_path / "parts"))[0])
+
+
+def test_without_a_split_one_in_ten_is_held_out(tmp_path):
+    source = write_tree(tmp_path / "pictures", class_tree(counts=(("", 20),)))
+    splits, _ = load(data_dir=str(source))
+    assert (len(splits["train"]), len(splits["test"])) == (180, 20)
+    assert torch.bincount(splits["test"].labels).tolist() == [2] * 10
+
+
+def test_search_path_is_used_and_data_dir_wins(tmp_path):
+    files = class_tree()
+    write_tree(tmp_path / "data" / "cifar10-128x128", files)
+    assert_small_source(load()[0])
+    other = write_tree(tmp_path / "other", class_tree(counts=(("train", 2), ("test", 1))))
+    assert len(load(data_dir=str(other))[0]["train"]) == 20
+
+
+def test_prepared_once_and_again_when_the_source_changes(tmp_path, monkeypatch):
+    source = write_tree(tmp_path / "pictures", class_tree())
+    load(data_dir=str(source))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", None)  # a second preparation would need it
+        splits, said = load(data_dir=str(source))
+    assert_small_source(splits)
+    assert "prepared in" in said[0]
+    (source / "train" / "cat" / "new.png").write_bytes(png((1, 2, 3)))
+    assert len(load(data_dir=str(source))[0]["train"]) == 31
+
+
+def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    source = write_tree(tmp_path / "pictures", class_tree())
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_info", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            load(data_dir=str(source))
+    assert list((tmp_path / "data" / "prepared").iterdir()) == []
+    assert_small_source(load(data_dir=str(source))[0])
+
+
+def test_large_and_odd_pictures_become_squares_of_the_image_size(tmp_path):
+    files = class_tree()
+    # Cut to its central square, which is grey; the filter reaches three pixels beyond its edge.
+    wide = Image.new("RGB", (96, 32), (255, 0, 0))
+    wide.paste((90, 90, 90), (32, 0, 64, 32))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    files["train/cat/picture 0.png"] = buffer.getvalue()
+    files["train/cat/picture 1.png"] = png(7, size=(64, 64), mode="L")
+    splits, _ = load(data_dir=str(write_tree(tmp_path / "pictures", files)))
+    cats = splits["train"].images[splits["train"].labels == CLASS_NAMES.index("cat")]
+    assert cats.shape == (3, 3, 16, 16)
+    assert (cats[0, :, 4:-4, 4:-4] == 90).all()
+    assert (cats[1] == 7).all()
+
+
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("train/frog/note.png", b"this is a text", "note.png"),
+        ("train/frog/half.png", png((9, 9, 9), (64, 64))[:-40], "half.png"),
+        ("test/frog/empty.jpg", b"", "empty.jpg"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_unreadable_picture_stops_or_is_skipped_by_name(tmp_path, name, content, word, zipped):
+    files = {**class_tree(), name: content}
+    source = tmp_path / "pictures"
+    write_zip(source / "a.zip", files) if zipped else write_tree(source, files)
+    with pytest.raises(DataError, match=word) as error:
+        load(data_dir=str(source))
+    assert "1 of 41 pictures" in str(error.value)
+    assert not list((tmp_path / "data" / "prepared").iterdir())
+    splits, said = load(data_dir=str(source), skip_unreadable=True)
+    assert (len(splits["train"]), len(splits["test"])) == (30, 10)
+    assert any("1 unreadable" in line for line in said)
+
+
+def test_missing_class_is_named(tmp_path):
+    files = {name: c for name, c in class_tree().items() if "/horse/" not in name}
+    with pytest.raises(DataError, match="no training pictures of horse"):
+        load(data_dir=str(write_tree(tmp_path / "pictures", files)))
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
+def test_absent_or_empty_folder_is_refused(tmp_path, make):
+    make(tmp_path / "nothing")
+    with pytest.raises(DataError, match="nothing"):
+        load(data_dir=str(tmp_path / "nothing"))
+
+
+def test_file_that_is_no_zip_is_refused(tmp_path):
+    (tmp_path / "pictures.zip").write_bytes(b"PK not really")
+    with pytest.raises(DataError, match="pictures.zip is not a readable zip"):
+        load(data_dir=str(tmp_path / "pictures.zip"))
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A small archive in the published format, its checksums put in place of the real ones."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "origin" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    lists = {"train_list": [], "test_list": []}
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 20, 3072), dtype=np.uint8)
+    for i, name in enumerate([f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]):
+        content = pickle.dumps({"data": pixels[i], "labels": [n % 10 for n in range(20)]})
+        (folder / name).write_bytes(content)
+        key = "test_list" if name == "test_batch" else "train_list"
+        lists[key].append([name, hashlib.md5(content).hexdigest()])
+    archive = folder.parent / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    for key, entries in lists.items():
+        monkeypatch.setattr(CIFAR10, key, entries)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive, pixels
+
+
+@pytest.mark.parametrize("form", ["archive", "folder", "beside"])
+def test_published_archive_and_its_folder(published, form):
+    archive, pixels = published
+    place = {
+        "archive": archive,
+        "folder": archive.parent / "cifar-10-batches-py",
+        "beside": archive.parent,
+    }[form]
+    splits, _ = load(data_dir=str(place), image_size=32)
+    np.testing.assert_array_equal(
+        splits["train"].images, pixels[:5].reshape(100, 3, 32, 32)
+    )
+    np.testing.assert_array_equal(splits["test"].images, pixels[5].reshape(20, 3, 32, 32))
+
+
+def test_damaged_archive_is_refused(published):
+    archive, _ = published
+    batch = archive.parent / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="data_batch_3 is damaged"):
+        load(data_dir=str(batch.parent))
+    archive.write_bytes(archive.read_bytes()[:1000])
+    with pytest.raises(DataError, match="cannot read data_batch_1"):
+        load(data_dir=str(archive))
+
+
+@pytest.fixture
+def server(published, monkeypatch):
+    """Serves the small archive on the loopback address in place of the real download."""
+    from torchvision.datasets import CIFAR10
+
+    archive, _ = published
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(archive.parent))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        monkeypatch.setattr(
+            CIFAR10, "url", f"http://127.0.0.1:{service.server_port}/{CIFAR10.filename}"
+        )
+        yield
+        service.shutdown()
+
+
+def test_download_is_verified_and_reused(server, published, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    splits, _ = load(image_size=32)
+    np.testing.assert_array_equal(splits["test"].images, published[1][5].reshape(20, 3, 32, 32))
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
+    assert len(load(image_size=32)[0]["train"]) == 100
+
+
+def test_download_with_wrong_checksum_is_refused_and_removed(server, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
+    with pytest.raises(DataError, match="download failed"):
+        load(image_size=32)
+    assert not Path("data", CIFAR10.filename).exists()
+
+
+def test_no_network_and_no_data_says_the_three_ways(monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
+    with pytest.raises(DataError, match="Three ways.*DATA_DIR.*cifar-10-python.tar.gz.*make data"):
+        load()
+
+
+def test_first_per_class_keeps_the_order():
+    labels = torch.tensor([1, 0, 1, 0, 1])
+    split = Split(torch.arange(5)[:, None, None, None].byte(), labels)
+    assert split.first_per_class(2).images.flatten().tolist() == [0, 1, 2, 3]
+    assert split.first_per_class(0) is split
+
+
+def test_to_x_start_maps_levels_and_enlarges_within_bounds():
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    torch.testing.assert_close(
+        data.to_x_start(levels, 4)[0, :, 0, 0], torch.tensor([-1.0, -0.6, 1.0])
+    )
+    checker = (torch.arange(16).view(1, 1, 4, 4) % 2 * 255).byte()
+    enlarged = data.to_x_start(checker, 16)
+    assert enlarged.shape == (1, 1, 16, 16)
+    assert enlarged.abs().max() <= 1
+
+
+def batches(**changes) -> TrainingBatches:
+    images = torch.arange(10).byte()[:, None, None, None].expand(10, 3, 4, 4)
+    config = replace(DataConfig(image_size=4, horizontal_flip=False), **changes)
+    return TrainingBatches(Split(images, torch.arange(10)), config, 4, 0, "cpu")
+
+
+def take(iterator, count: int) -> list[list[int]]:
+    return [next(iterator)[1].tolist() for _ in range(count)]
+
+
+def test_epochs_are_permutations_that_differ():
+    source = batches(repeats=2)
+    assert source.steps_per_epoch == 5
+    seen = take(source.starting_at(0), 10)
+    first, second = sum(seen[:5], []), sum(seen[5:], [])
+    for epoch in (first, second):
+        assert sorted(epoch[:10]) == sorted(epoch[10:]) == list(range(10))
+    assert first != second
+
+
+def test_batches_depend_on_the_step_alone():
+    source = batches(horizontal_flip=True)
+    from_start = source.starting_at(0)
+    for _ in range(5):
+        next(from_start)
+    for a, b in zip(range(4), source.starting_at(5)):
+        x_start, labels = next(from_start)
+        torch.testing.assert_close(x_start, b[0], rtol=0, atol=0)
+        assert labels.tolist() == b[1].tolist()
+
+
+def test_flips_mirror_about_half_of_the_images():
+    ramp = torch.arange(4).byte().view(1, 1, 1, 4).expand(200, 3, 4, 4)
+    split = Split(ramp, torch.zeros(200, dtype=torch.int64))
+    source = TrainingBatches(split, DataConfig(image_size=4), 200, 0, "cpu")
+    x_start, _ = next(source.starting_at(0))
+    mirrored = (x_start[:, 0, 0, 0] > x_start[:, 0, 0, 3]).sum().item()
+    assert 65 < mirrored < 135  # binomial(200, 1/2): five standard deviations are 35
+    values = torch.stack([x_start[:, 0, 0].min(1).values, x_start[:, 0, 0].max(1).values])
+    torch.testing.assert_close(values, torch.tensor([[-1.0], [3 / 127.5 - 1]]).expand(2, 200))
+
+
+def test_pictograms_are_deterministic_and_split():
+    config = DataConfig(dataset="pictograms", image_size=16, samples_per_class=3)
+    splits, _ = load(config)
+    again, _ = load(config)
+    assert splits["train"].images.shape == (30, 3, 16, 16)
+    assert torch.equal(splits["train"].images, again["train"].images)
+    assert not torch.equal(splits["train"].images[:20], splits["test"].images[:20])
+    assert torch.bincount(splits["train"].labels).tolist() == [3] * 10
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="TEST_DATA_DIR, the real CIFAR-10, is not set")
+def test_real_cifar10():
+    splits, _ = load(data_dir=REAL_DATA, image_size=128)
+    assert splits["train"].images.shape == (50_000, 3, 32, 32)
+    assert torch.bincount(splits["train"].labels).tolist() == [5000] * 10
+    assert torch.bincount(splits["test"].labels).tolist() == [1000] * 10
+    # Channel means of the training set as published with many CIFAR-10 recipes.
+    means = splits["train"].images.double().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(
+        means, torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64), rtol=0, atol=1e-4
+    )

@@ -1,0 +1,145 @@
+"""The user's front door: every target's command parses, and variables reach the scripts."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+VARIABLES = ("DATA_DIR", "DATASET", "EPOCHS", "BATCH_SIZE", "SAMPLES", "CLASSES", "GUIDANCE",
+             "STEPS", "SEED", "CHECKPOINT", "DEVICE", "FRESH", "CONFIRM", "ARGS", "PYTHON")  # fmt: skip
+
+
+def make(*arguments, folder=ROOT) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in VARIABLES and "MAKE" not in k}
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=clean, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The product's files without its runs and data."""
+    folder = tmp_path / "product"
+    folder.mkdir()
+    for path in [*ROOT.glob("*.py"), ROOT / "Makefile", *ROOT.glob("*.txt")]:
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "conditional_diffusion", folder / "conditional_diffusion")
+    return folder
+
+
+def test_help_is_the_default_and_lists_every_target():
+    result = make()
+    assert result.returncode == 0
+    assert {"demo", "train", "overfit", "generate", "check", "clean-cuda"} <= set(TARGETS)
+    for target in TARGETS:
+        assert re.search(rf"^  {target}\s+\S", result.stdout, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_is_phony_and_parses(target):
+    result = make("-n", target, f"PYTHON={sys.executable}")
+    assert result.returncode == 0, result.stderr
+    phony = re.search(r"^\.PHONY: (.*?)(?<!\\)$", (ROOT / "Makefile").read_text(), re.M | re.S)
+    assert target in phony[1].replace("\\\n", " ").split()
+
+
+@pytest.mark.parametrize("target", ["train", "overfit", "test", "quick-test", "demo"])
+def test_variables_reach_the_config(target, copy):
+    """The target's own command, with --dry-run added through ARGS, prints what it resolved."""
+    result = make(
+        "-s", target, f"PYTHON={sys.executable}", "EPOCHS=3", "BATCH_SIZE=5", "SEED=7", "SAMPLES=2",
+        "DEVICE=cpu", "DATA_DIR=/a folder/it's", "ARGS=--dry-run --train.learning_rate 3e-4",
+        folder=copy,
+    )  # fmt: skip
+    config = json.JSONDecoder().raw_decode(result.stdout)[0]
+    assert config["train"]["epochs"] == 3 and config["train"]["batch_size"] == 5
+    assert config["train"]["seed"] == 7 and config["train"]["learning_rate"] == 3e-4
+    assert config["data"]["samples_per_class"] == 2
+    assert config["data"]["data_dir"] == "/a folder/it's"
+    assert config["mode"] == {"train": "full", "test": "overfit"}.get(target, target)
+
+
+def test_generate_hands_its_variables_on():
+    result = make(
+        "-n", "generate", f"PYTHON={sys.executable}", "CHECKPOINT=my run/a.pt", "CLASSES=cat,dog",
+        "GUIDANCE=2", "STEPS=50", "SAMPLES=3", "SEED=1",
+    )  # fmt: skip
+    command = result.stdout.splitlines()[-1]
+    assert "generate_samples.py 'my run/a.pt'" in re.sub(" +", " ", command)
+    for flag in ("--classes 'cat,dog'", "--guidance '2'", "--steps '50'", "--samples '3'"):
+        assert flag in command
+
+
+def test_errors_reach_the_exit_status(copy):
+    result = make("generate", f"PYTHON={sys.executable}", folder=copy)
+    assert result.returncode != 0
+    assert "no usable checkpoint" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_python_without_packages_is_refused_with_the_cure(copy, tmp_path):
+    bare = tmp_path / "bare-python"
+    bare.write_text(f'#!/bin/sh\nexec {sys._base_executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    result = make("train", f"PYTHON={bare}", folder=copy)
+    assert result.returncode != 0
+    assert "lacks torch" in result.stderr and "requirements.txt" in result.stderr
+    assert not (copy / ".venv").exists()
+
+
+def test_install_is_done_once(copy):
+    """With the stamps in place nothing is installed; a newer requirements.txt asks for it again."""
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    python = copy / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\necho called $@ >> calls\n")
+    python.chmod(0o755)
+    assert make("install", folder=copy).returncode == 0
+    calls = (copy / "calls").read_text().splitlines()
+    assert len(calls) == 1 and calls[0].endswith("-r requirements.txt")
+    assert make("install", folder=copy).returncode == 0
+    assert len((copy / "calls").read_text().splitlines()) == 1
+    later = (copy / ".venv" / ".installed").stat().st_mtime + 5
+    os.utime(copy / "requirements.txt", (later, later))
+    assert make("install", folder=copy).returncode == 0
+    assert len((copy / "calls").read_text().splitlines()) == 2
+
+
+def test_pins_agree_with_what_runs_here():
+    """The tests must have run with a version the product supports: torch 2.11 or later."""
+    import torch
+
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+
+
+def test_clean_removes_runs_only_after_listing_them(copy):
+    for name in ("checkpoints_demo/a.pt", "generated_images/grid.png", "data/mine/cat.png",
+                 "data/prepared/x/info.json", "checkpoints/checkpoint_00000001.pt"):  # fmt: skip
+        path = copy / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    refused = make("clean", folder=copy)
+    assert refused.returncode != 0 and "CONFIRM=yes" in refused.stderr
+    assert (copy / "checkpoints_demo").exists()
+    done = make("clean", "CONFIRM=yes", folder=copy)
+    assert done.returncode == 0 and "checkpoints_demo" in done.stdout
+    assert not list(copy.glob("checkpoints*")) and (copy / "data/prepared").exists()
+    assert make("clean-all", folder=copy).returncode == 0
+    assert not (copy / "data/prepared").exists() and (copy / "data/mine/cat.png").exists()
+
+
+def test_clean_refuses_while_a_run_is_alive(copy):
+    import fcntl
+
+    folder = copy / "checkpoints_demo"
+    folder.mkdir()
+    with open(folder / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = make("clean", "CONFIRM=yes", folder=copy)
+    assert result.returncode != 0 and "in use" in result.stderr
+    assert folder.exists()

@@ -1,0 +1,457 @@
+"""The training engine: its formulas, what one step does, and exact resume."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from conditional_diffusion import TrainingEngine
+from conditional_diffusion.training_engine import (
+    TrainingDiverged,
+    drop_labels,
+    ema_decay,
+    learning_rate_at,
+    min_snr_weights,
+    step_seed,
+    stratified_timesteps,
+)
+
+
+class Probe(nn.Module):
+    """Predicts one number, its only parameter, everywhere; keeps the inputs of every call."""
+
+    null_label = 10
+
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(()))
+        self.calls = []
+
+    def forward(self, x_t, timesteps, class_labels):
+        self.calls.append((x_t.detach().clone(), timesteps.clone(), class_labels.clone()))
+        return self.value.expand_as(x_t)
+
+
+def images(batch_size: int, seed: int = 0):
+    """Smooth pictures in [-1, 1]: one colour each, brighter to one side."""
+    generator = torch.Generator().manual_seed(seed)
+    color = torch.rand(batch_size, 3, 1, 1, generator=generator) * 1.2 - 0.6
+    ramp = torch.linspace(-0.4, 0.4, 16).view(1, 1, 1, 16)
+    return (color + ramp).expand(-1, -1, 16, -1).contiguous(), torch.arange(batch_size) % 10
+
+
+def endless(batch):
+    while True:
+        yield batch
+
+
+def engine_for(model, scheduler, **options):
+    return TrainingEngine(
+        model, scheduler, **{"total_steps": 10, "learning_rate": 1e-3, **options}
+    )
+
+
+def through_a_file(state: dict) -> dict:
+    """As a checkpoint stores it; also cuts the ties to the live tensors."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_identical(actual, expected, where="state"):
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected), where
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), where
+        for key in expected:
+            assert_identical(actual[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), where
+        for i, pair in enumerate(zip(actual, expected)):
+            assert_identical(*pair, f"{where}[{i}]")
+    else:
+        assert actual == expected, where
+
+
+# Formulas
+
+# Peak 2, 4 steps of warm-up, 9 steps in all, ending at a tenth of the peak. After the warm-up the
+# cosine falls from 2 to 0.2 over steps 4..8: 0.2 + 1.8 (1 + cos(k pi / 4)) / 2 for k = 0..4.
+LEARNING_RATES = [0.5, 1.0, 1.5, 2.0, 2.0, 1.7363961, 1.1, 0.4636039, 0.2]
+
+
+def test_learning_rate_follows_the_table():
+    schedule = {"peak": 2.0, "warmup_steps": 4, "total_steps": 9, "final_fraction": 0.1}
+    rates = [learning_rate_at(step, **schedule) for step in range(9)]
+    assert rates == pytest.approx(LEARNING_RATES, rel=1e-6)
+    assert learning_rate_at(1000, **schedule) == pytest.approx(0.2)
+
+
+def test_learning_rate_without_warmup_or_decay():
+    constant = {"peak": 2.0, "warmup_steps": 0, "total_steps": 3, "final_fraction": 1.0}
+    assert [learning_rate_at(step, **constant) for step in range(3)] == [2.0] * 3
+    all_warmup = {"peak": 2.0, "warmup_steps": 2, "total_steps": 2, "final_fraction": 0.0}
+    assert [learning_rate_at(step, **all_warmup) for step in range(2)] == [1.0, 2.0]
+
+
+def test_optimizer_steps_at_the_scheduled_learning_rate(schedule):
+    engine = engine_for(
+        Probe(), schedule(), total_steps=9, learning_rate=2.0, warmup_steps=4, final_lr_fraction=0.1
+    )
+    applied = []
+    take_step = engine.optimizer.step
+
+    def traced_step():
+        applied.append(engine.optimizer.param_groups[0]["lr"])
+        take_step()
+
+    engine.optimizer.step = traced_step
+    engine.fit(endless(images(4)))
+    assert applied == pytest.approx(LEARNING_RATES, rel=1e-6)
+
+
+def test_ema_decay_halves_over_its_halflife():
+    # 100 of 500 images: a fifth of the half-life, so five such steps leave one half.
+    assert ema_decay(100, 10**9, 500, 0.1) ** 5 == pytest.approx(0.5)
+    # Early on the half-life is 0.05 * 2000 = 100 images: one step leaves one half.
+    assert ema_decay(100, 2000, 500, 0.05) == pytest.approx(0.5)
+    # The batch size does not change what a number of images does.
+    assert ema_decay(10, 10**9, 500, 0.1) ** 10 == pytest.approx(ema_decay(100, 10**9, 500, 0.1))
+
+
+def test_ema_is_the_closed_form_weighted_sum_of_the_weights(schedule):
+    batch_size, halflife, ramp = 4, 20, 0.5
+    model = Probe()
+    engine = engine_for(
+        model, schedule(), learning_rate=0.1, ema_halflife_images=halflife, ema_rampup_ratio=ramp
+    )
+    history = []
+    for _ in range(15):
+        engine.train_step(*images(batch_size))
+        history.append(model.value.item())
+    # decay_k = 2^(-4 / min(20, 0.5 * 4 k)): ramp until k = 10, half-life after. The average starts
+    # as the weights after the first step.
+    decays = [0.0] + [2 ** (-4 / min(20, 2 * k)) for k in range(2, 16)]
+    expected = sum(
+        weight * (1 - decays[i]) * math.prod(decays[i + 1 :]) for i, weight in enumerate(history)
+    )
+    assert max(history) - min(history) > 0.02  # else any average would do
+    assert engine.ema_model.value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_are_dropped_at_the_given_rate():
+    labels = torch.arange(100_000) % 10
+    torch.manual_seed(0)
+    dropped = drop_labels(labels, 0.3, 10)
+    hit = dropped == 10
+    # Five standard deviations of a binomial: 5 sqrt(0.3 * 0.7 / 100000) = 0.0072.
+    assert hit.double().mean().item() == pytest.approx(0.3, abs=0.0072)
+    assert torch.equal(dropped[~hit], labels[~hit])
+    assert torch.equal(labels, torch.arange(100_000) % 10)  # the caller's tensor is left alone
+    assert torch.equal(drop_labels(labels, 0.0, 10), labels)
+    assert (drop_labels(labels, 1.0, 10) == 10).all()
+
+
+@pytest.mark.parametrize("batch_size", [4, 12, 128])
+def test_stratified_timesteps_fill_every_quarter_equally(batch_size):
+    for seed in range(50):
+        torch.manual_seed(seed)
+        timesteps = stratified_timesteps(batch_size, 1000, "cpu")
+        assert timesteps.dtype == torch.long
+        assert timesteps.min() >= 0 and timesteps.max() <= 999
+        assert (timesteps // 250).bincount(minlength=4).tolist() == [batch_size // 4] * 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_each_place_in_the_batch_gets_uniform_timesteps(batch_size):
+    torch.manual_seed(0)
+    n = 4000
+    draws = torch.stack([stratified_timesteps(batch_size, 10, "cpu") for _ in range(n)])
+    for place in range(batch_size):
+        shares = draws[:, place].bincount(minlength=10).double() / n
+        # Five standard deviations of a binomial: 5 sqrt(0.1 * 0.9 / 4000) = 0.0237.
+        assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=0.0237)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weights_are_the_formulas_of_the_paper(schedule, prediction_type):
+    scheduler = schedule(prediction_type=prediction_type)
+    timesteps = torch.tensor([0, 3, 10, 20, 30, 49])
+    snrs = [abar / (1 - abar) for abar in scheduler.alphas_cumprod.double()[timesteps].tolist()]
+    assert sum(snr > 5 for snr in snrs) == 3  # both sides of the clip are there
+    formula = {  # Hang et al. 2023, sec. 3.4
+        "epsilon": lambda snr: min(1, 5 / snr),
+        "sample": lambda snr: min(snr, 5),
+        "v_prediction": lambda snr: min(snr, 5) / (snr + 1),
+    }[prediction_type]
+    expected = torch.tensor([formula(snr) for snr in snrs])
+    assert_close(min_snr_weights(scheduler, timesteps, 5.0), expected, rtol=1e-4, atol=0)
+    assert_close(min_snr_weights(scheduler, timesteps, 0.0), torch.ones(6), rtol=0, atol=0)
+
+
+def test_step_seeds_are_valid_and_do_not_collide():
+    seeds = [step_seed(seed, step) for seed in range(30) for step in range(-1, 100)]
+    assert len(set(seeds)) == len(seeds)  # an added or shifted mix would repeat itself
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# One step
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_loss_quarters_and_gradient_follow_from_what_the_network_saw(schedule, gamma):
+    """x_start = 0 makes everything known: noise = x_t / b and v = a noise, prediction 0."""
+    scheduler, model = schedule(48), Probe()
+    engine = engine_for(model, scheduler, min_snr_gamma=gamma)
+    losses, quarters, gradients = [], [], []
+    for _ in range(2):
+        engine.train_step(torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.long))
+        x_t, timesteps, _ = model.calls[-1]
+        abar = scheduler.alphas_cumprod.double()[timesteps]
+        target = (abar / (1 - abar)).sqrt()[:, None] * x_t.double().flatten(1)
+        weights = (abar / (1 - abar)).clamp(max=5) * (1 - abar) if gamma else torch.ones(8)
+        # The second step starts from a value that is no longer zero.
+        value = 0.0 if not losses else previous
+        previous = model.value.item()
+        losses.append(((value - target) ** 2).mean(1))
+        quarters.append(timesteps // 12)
+        gradients.append((2 * weights * (value - target).mean(1)).mean().abs().item())
+    losses, quarters = torch.cat(losses), torch.cat(quarters)
+    metrics = engine.take_metrics()
+    assert metrics["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)  # unweighted
+    assert metrics["loss_quarters"] == pytest.approx(
+        [losses[quarters == q].mean().item() for q in range(4)], rel=1e-4
+    )
+    assert metrics["grad_norm"] == pytest.approx(sum(gradients) / 2, rel=1e-4)
+    assert (metrics["step"], metrics["images_seen"]) == (2, 16)
+    # Sums start afresh; what was not seen is not reported as zero.
+    assert engine.take_metrics()["loss_quarters"] == [None] * 4
+
+
+def test_long_gradients_are_scaled_to_the_limit(schedule, tiny_model):
+    engine = engine_for(tiny_model(), schedule(), grad_clip=1e-3)
+    engine.train_step(*images(4))
+    assert engine.take_metrics()["grad_norm"] > 1e-2  # reported before clipping
+    # After one step Adam's first moment is (1 - beta1) times the gradient it was given.
+    moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
+    length = sum(moment.double().square().sum().item() for moment in moments) ** 0.5
+    assert length == pytest.approx((1 - 0.9) * 1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_training_drops_labels_and_validation_does_not(schedule, probability):
+    model = Probe()
+    engine = engine_for(model, schedule(), class_dropout_prob=probability)
+    x_start, labels = torch.zeros(400, 1, 2, 2), torch.arange(400) % 10
+    engine.train_step(x_start, labels)
+    seen = model.calls[-1][2]
+    share = (seen == 10).double().mean().item()
+    # Five standard deviations: 5 sqrt(0.25 / 400) = 0.125; exact at 0 and 1.
+    assert share == pytest.approx(probability, abs=0.125 if probability == 0.5 else 0)
+    assert torch.equal(seen[seen != 10], labels[seen != 10])
+    engine.validation_loss(model, x_start, labels, 400)
+    assert torch.equal(model.calls[-1][2], labels)
+
+
+def test_epsilon_loss_of_a_fresh_network_is_one(schedule, tiny_model):
+    """It predicts zero, and the mean square of standard normal noise is 1."""
+    engine = engine_for(tiny_model(), schedule(prediction_type="epsilon"), min_snr_gamma=0.0)
+    engine.train_step(*images(64))
+    # Five standard errors of n = 64 * 768 squares of variance 2: 5 sqrt(2 / 49152) = 0.032.
+    assert engine.take_metrics()["loss"] == pytest.approx(1.0, abs=0.032)
+
+
+def test_one_batch_can_be_overfitted(schedule, tiny_model):
+    model = tiny_model()
+    engine = engine_for(
+        model, schedule(), total_steps=60, learning_rate=1e-2, warmup_steps=5,
+        final_lr_fraction=0.05, class_dropout_prob=0.0, min_snr_gamma=0.0,
+    )  # fmt: skip
+    x_start, labels = images(4)
+    many = (x_start.repeat(8, 1, 1, 1), labels.repeat(8))  # 32 noise levels of the same pictures
+    before = engine.validation_loss(model, *many, 32)
+    assert engine.fit(endless((x_start, labels)))
+    # Measured 0.25 to 0.3 of the loss of a zero prediction; without learning it stays at 1.
+    assert engine.validation_loss(model, *many, 32) < 0.45 * before
+    assert engine.validation_loss(engine.ema_model, *many, 32) < 0.45 * before
+
+
+def test_bfloat16_autocast_trains_float32_weights(schedule, awake_model):
+    losses = {}
+    for dtype in (None, torch.bfloat16):
+        engine = engine_for(awake_model(), schedule(), autocast_dtype=dtype)
+        engine.train_step(*images(8))
+        losses[dtype] = engine.take_metrics()["loss"]
+        assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
+        assert {p.dtype for p in engine.ema_model.parameters()} == {torch.float32}
+    # bfloat16 has 8 bits: close, but a run that ignored the setting would be equal.
+    assert losses[torch.bfloat16] == pytest.approx(losses[None], rel=0.02)
+    assert losses[torch.bfloat16] != losses[None]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_divergence_is_raised_before_anything_moved(schedule, tiny_model, poison, good_steps):
+    def trained():
+        engine = engine_for(tiny_model(dropout=0.2), schedule(), warmup_steps=3)
+        for _ in range(good_steps):
+            engine.train_step(*images(4))
+        return engine
+
+    engine, unharmed = trained(), trained()
+    x_start, labels = images(4)
+    x_start[2, 1, 3, 3] = poison
+    with pytest.raises(TrainingDiverged, match=f"step {good_steps}.*learning_rate"):
+        engine.train_step(x_start, labels)
+    assert_identical(engine.state_dict(), unharmed.state_dict())
+    # Nor does the bad gradient linger: the next step is the one an unharmed engine takes.
+    for each in (engine, unharmed):
+        each.train_step(*images(4))
+    assert_identical(engine.state_dict(), unharmed.state_dict())
+    assert engine.take_metrics()["loss"] == unharmed.take_metrics()["loss"]
+
+
+def test_randomness_of_a_step_depends_on_seed_and_step_alone(schedule):
+    def seen(seed, step, disturbance):
+        model = Probe()
+        engine = engine_for(model, schedule(), seed=seed, class_dropout_prob=0.5)
+        engine.step = step
+        torch.manual_seed(disturbance)
+        engine.train_step(torch.zeros(16, 1, 4, 4), torch.arange(16) % 10)
+        return model.calls[0]
+
+    reference = seen(3, 8, disturbance=0)
+    assert_identical(seen(3, 8, disturbance=1), reference)
+    for other in (seen(4, 8, disturbance=0), seen(3, 9, disturbance=0), seen(8, 3, disturbance=0)):
+        assert not torch.allclose(other[0], reference[0], atol=0.1)
+        assert not torch.equal(other[2], reference[2])
+
+
+def test_five_steps_saved_and_five_more_are_ten_steps_bit_for_bit(schedule, tiny_model):
+    """With dropout and label dropout on, a moving learning rate, and weight decay."""
+
+    def new_engine(model_seed):
+        return engine_for(
+            tiny_model(model_seed, dropout=0.3), schedule(), learning_rate=1e-2, warmup_steps=3,
+            final_lr_fraction=0.1, weight_decay=0.1, class_dropout_prob=0.5,
+            ema_halflife_images=20, ema_rampup_ratio=0.5, seed=5,
+        )  # fmt: skip
+
+    batches = [images(4, seed) for seed in range(10)]
+    whole = new_engine(0)
+    assert whole.fit(batches)
+
+    first = new_engine(0)
+    for batch in batches[:5]:
+        first.train_step(*batch)
+    first.validation_loss(first.model, *batches[0], 4)  # looking does not touch
+    state = through_a_file(first.state_dict())
+    second = new_engine(1)  # its own weights must leave no trace
+    second.load_state_dict(state)
+    assert_identical(second.state_dict(), first.state_dict())
+    assert second.fit(batches[5:])
+    assert (second.step, second.images_seen) == (10, 40)
+    assert_identical(second.state_dict(), whole.state_dict())
+
+
+# Validation
+
+
+def test_validation_loss_repeats_itself_and_ignores_the_batch_size(schedule, awake_model):
+    model = awake_model(dropout=0.5).train()
+    engine = engine_for(model, schedule())
+    batch = images(13)
+    random_state = torch.get_rng_state()
+    reference = engine.validation_loss(model, *batch, 13)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    torch.manual_seed(99)
+    assert engine.validation_loss(model, *batch, 13) == reference
+    for batch_size in (1, 4, 50):
+        # The order of float32 sums is all that may differ.
+        assert engine.validation_loss(model, *batch, batch_size) == pytest.approx(
+            reference, rel=1e-4
+        )
+    assert model.training and all(p.grad is None for p in model.parameters())
+    other_seed = engine_for(awake_model(), schedule(), seed=1)
+    assert other_seed.validation_loss(model, *batch, 13) != reference
+
+
+def test_validation_noise_of_odd_sized_images_ignores_the_batch_size(schedule):
+    """torch draws random numbers in groups of 16, which 75 numbers an image do not fill."""
+    model = Probe()
+    engine = engine_for(model, schedule())
+    x_start, labels = torch.zeros(6, 3, 5, 5), torch.arange(6)
+    for batch_size in (6, 1, 4):
+        engine.validation_loss(model, x_start, labels, batch_size)
+    seen = torch.cat([x_t for x_t, _, _ in model.calls])
+    assert_close(seen[6:12], seen[:6], rtol=0, atol=1e-6)
+    assert_close(seen[12:], seen[:6], rtol=0, atol=1e-6)
+
+
+def test_validation_covers_all_noise_levels_in_an_order_unrelated_to_the_labels(schedule):
+    model = Probe()
+    engine = engine_for(model, schedule(1000))
+    labels = torch.arange(10).repeat_interleave(50)  # sorted by class
+    engine.validation_loss(model, torch.zeros(500, 1, 1, 1), labels, 500)
+    timesteps = model.calls[0][1]
+    assert timesteps.sort().values.tolist() == list(range(0, 1000, 2))
+    # Per class a mean of 50 draws without replacement, std 289 / sqrt(50) = 41: five of those.
+    means = timesteps.double().view(10, 50).mean(1)
+    assert_close(means, torch.full_like(means, 499.0), rtol=0, atol=205)
+
+
+def test_validation_loss_of_a_zero_prediction_is_the_mean_square_of_the_target(schedule):
+    engine = engine_for(Probe(), schedule(prediction_type="epsilon"))
+    loss = engine.validation_loss(engine.model, torch.zeros(50, 3, 16, 16), torch.arange(50), 8)
+    # Five standard errors of n = 50 * 768 squares of variance 2: 5 sqrt(2 / 38400) = 0.036.
+    assert loss == pytest.approx(1.0, abs=0.036)
+
+
+# The loop
+
+
+def counted(batch, taken: list):
+    while True:
+        taken.append(batch)
+        yield batch
+
+
+def test_fit_ends_at_total_steps_and_runs_what_is_due(schedule):
+    engine, log, taken = engine_for(Probe(), schedule(), total_steps=7), [], []
+    complete = engine.fit(
+        counted(images(2), taken),
+        on_step=lambda: log.append(("step", engine.step)),
+        periodic=[
+            (lambda step: step % 3 == 0, lambda: log.append(("thirds", engine.step))),
+            (lambda step: False, lambda: log.append(("end", engine.step))),
+        ],
+    )
+    assert complete and (engine.step, engine.images_seen, len(taken)) == (7, 14, 7)
+    assert log == [
+        ("step", 1), ("step", 2), ("step", 3), ("thirds", 3), ("step", 4), ("step", 5),
+        ("step", 6), ("thirds", 6), ("step", 7), ("thirds", 7), ("end", 7),
+    ]  # fmt: skip
+    # A finished run has nothing left to do.
+    assert engine.fit(counted(images(2), taken)) and len(taken) == 7
+
+
+def test_fit_stops_after_the_step_in_which_a_stop_was_requested(schedule):
+    engine, actions, taken = engine_for(Probe(), schedule(), total_steps=7), [], []
+
+    def request_stop():
+        engine.stop_requested = engine.step == 3
+
+    complete = engine.fit(
+        counted(images(2), taken),
+        on_step=request_stop,
+        periodic=[(lambda step: step == 3, lambda: actions.append(engine.step))],
+    )
+    assert not complete and (engine.step, len(taken)) == (3, 3)
+    assert actions == [3]  # what that step made due still happens
+    engine.stop_requested = False
+    assert engine.fit(counted(images(2), taken)) and engine.step == 7

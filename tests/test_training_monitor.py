@@ -1,0 +1,104 @@
+"""What a run writes down: records, lock, pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import training_monitor
+from training_monitor import RunInUse, TrainingMonitor, read_metrics
+
+FACTS = {"mode": "demo", "device": "cpu", "total_steps": 100, "steps_per_epoch": 10,
+         "command": "python train_model.py --demo"}  # fmt: skip
+RECORD = {"loss": 0.5, "loss_quarters": [0.1, None, 0.3, 0.4], "grad_norm": 1.0,
+          "learning_rate": 1e-3, "images_per_second": 9.0, "images_seen": 4}  # fmt: skip
+
+
+def test_records_are_appended_and_cut_on_resume(tmp_path):
+    with TrainingMonitor(tmp_path, **FACTS) as monitor:
+        monitor.begin(0, {"mode": "demo"})
+        for step in (1, 2, 3):
+            monitor.record("train", step=step, **RECORD)
+        monitor.record("validation", step=3, loss=0.4, loss_ema=0.3)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # what a killed run leaves
+    with TrainingMonitor(tmp_path, **FACTS) as monitor:
+        monitor.begin(2, {"mode": "demo"})
+        monitor.record("train", step=3, **RECORD)
+        monitor.end("finished")
+    records = read_metrics(tmp_path)
+    assert [(r["kind"], r["step"]) for r in records] == [("train", 1), ("train", 2), ("train", 3)]
+    assert records[0]["epoch"] == 0.1
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "error, state", [(KeyboardInterrupt, "interrupted"), (ValueError, "failed")]
+)
+def test_how_a_run_ended_is_noted(tmp_path, error, state):
+    with pytest.raises(error), TrainingMonitor(tmp_path, **FACTS):
+        assert json.loads((tmp_path / "run.json").read_text())["state"] == "running"
+        raise error
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["state"] == state and facts["ended"] >= facts["started"]
+
+
+def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
+    code = (
+        "import sys, time; from training_monitor import TrainingMonitor\n"
+        f"with TrainingMonitor({str(tmp_path)!r}, **{FACTS!r}):\n"
+        "    print('ready', flush=True); time.sleep(60)"
+    )
+    root = Path(training_monitor.__file__).parent
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(RunInUse, match=f"process {other.pid} on"):
+        with TrainingMonitor(tmp_path, **FACTS):
+            pass
+    other.kill()
+    other.wait()
+    with TrainingMonitor(tmp_path, **FACTS) as monitor:
+        monitor.end("finished")
+
+
+def test_levels_round_to_the_nearest():
+    x = torch.tensor([-1.0, -0.999, 0.0, 1.0, 1.7]).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    levels = training_monitor.to_uint8(x)
+    assert levels.shape == (5, 2, 2, 3) and levels.dtype == np.uint8
+    # (0.001 * 127.5 = 0.13 -> 0; 127.5 is a tie, which rounds to even)
+    assert levels[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_grid_places_every_picture_under_its_name():
+    images = np.stack([np.full((8, 8, 3), 10 * i, np.uint8) for i in range(6)])
+    grid = np.asarray(training_monitor.labelled_grid(images, ["one", "two", "three"]))
+    tops = [y for y in range(grid.shape[0]) if (grid[y, 10] == 0).all()]
+    for i in range(6):
+        row, column = divmod(i, 3)
+        y, x = tops[0] + 30 + row * 68, 36 + column * 68  # 64-pixel pictures, 4 pixels apart
+        assert grid[y, x].tolist() == [10 * i] * 3
+    assert (grid[: tops[0]] < 128).any(), "no names were drawn"
+
+
+def test_smoothed_is_the_bias_corrected_average():
+    values, weight = [1.0, 4.0, 2.0], 0.9
+    for count, got in enumerate(training_monitor.smoothed(values, weight), start=1):
+        weights = [weight ** (count - 1 - i) for i in range(count)]
+        expected = sum(w * v for w, v in zip(weights, values)) / sum(weights)
+        assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_curves_are_drawn_from_any_amount_of_records(tmp_path):
+    train = [{"kind": "train", "step": s, **RECORD} for s in range(1, 30)]
+    validation = [{"kind": "validation", "step": 10, "loss": 0.4, "loss_ema": 0.3}]
+    for records in ([], train[:1], train + validation):
+        path = tmp_path / f"{len(records)}.png"
+        training_monitor.draw_curves(records, path)
+        with Image.open(path) as image:
+            assert image.size == (1350, 720)
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,191 @@
+"""The U-Net: shapes, its start at zero, and that every input and parameter counts."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from conditional_diffusion import UNet
+from conditional_diffusion.unet import FILTER_SIZE, patch_basis, timestep_embedding
+from config import ModelConfig
+
+
+def inputs(batch_size: int, image_size: int = 16, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    x_t = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
+    return x_t, torch.arange(batch_size) * 7 % 50, torch.arange(batch_size) % 11
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"image_size": 24},
+        {"patch_size": 1, "attention_sizes": (16, 8)},
+        {"channel_mult": (1,), "num_res_blocks": (2,), "patch_size": 4},
+        {"channel_mult": (1, 2, 3), "num_res_blocks": (2, 1, 3), "base_channels": 8},
+    ],
+    ids=["tiny", "image 24", "no patches", "one level", "uneven blocks"],
+)
+def test_output_has_the_shape_of_the_input(awake_model, overrides, batch_size):
+    model = awake_model(**overrides)
+    x_t, timesteps, labels = inputs(batch_size, overrides.get("image_size", 16))
+    output = model(x_t, timesteps, labels)
+    assert output.shape == x_t.shape and output.dtype == torch.float32
+    assert output.isfinite().all() and output.any()
+
+
+def test_output_is_exactly_zero_at_initialisation(tiny_model):
+    output = tiny_model()(*inputs(11))  # all labels, the null label among them
+    assert_close(output, torch.zeros_like(output), rtol=0, atol=0)
+
+
+def test_dropout_acts_in_train_mode_only(awake_model):
+    model, batch = awake_model(dropout=0.5), inputs(2)
+    model.eval()
+    assert torch.equal(model(*batch), model(*batch))
+    model.train()
+    assert not torch.allclose(model(*batch), model(*batch), atol=1e-3)
+
+
+def test_a_gradient_reaches_every_parameter(awake_model):
+    model = awake_model()
+    output = model(*inputs(4))
+    # A random projection: a plain sum would hide parameters whose effects cancel.
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    (output * weights).sum().backward()
+    silent = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert silent == []
+
+
+def test_label_timestep_and_position_change_the_output(awake_model):
+    model = awake_model().eval()
+    x_t, timesteps, labels = inputs(2)
+    reference = model(x_t, timesteps, labels)
+    outputs = {
+        "label": model(x_t, timesteps, labels + 1),
+        "null label": model(x_t, timesteps, torch.full_like(labels, model.null_label)),
+        "timestep": model(x_t, timesteps + 1, labels),
+    }
+    with torch.no_grad():
+        model.position.zero_()
+    outputs["position"] = model(x_t, timesteps, labels)
+    same = [name for name, o in outputs.items() if torch.allclose(o, reference, atol=1e-4)]
+    assert same == []
+
+
+def test_label_and_timestep_act_within_the_residual_blocks(awake_model):
+    """Not only through the filter on the input, which the timestep reaches on its own."""
+    model = awake_model().eval()
+    torch.nn.init.zeros_(model.input_filter.weight)
+    torch.nn.init.zeros_(model.input_filter.bias)
+    x_t, timesteps, labels = inputs(2)
+    reference = model(x_t, timesteps, labels)
+    assert not torch.allclose(model(x_t, timesteps + 5, labels), reference, atol=1e-4)
+    assert not torch.allclose(model(x_t, timesteps, labels + 1), reference, atol=1e-4)
+
+
+def test_images_of_a_batch_do_not_see_each_other(awake_model):
+    model = awake_model().eval()
+    x_t, timesteps, labels = inputs(3)
+    together = model(x_t, timesteps, labels)
+    alone = [model(x_t[i : i + 1], timesteps[i : i + 1], labels[i : i + 1]) for i in range(3)]
+    assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_patch_basis_is_orthonormal_and_starts_with_the_mean(p):
+    basis = patch_basis(p).double().flatten(1)
+    assert_close(basis @ basis.T, torch.eye(p * p, dtype=torch.float64), rtol=0, atol=1e-6)
+    # p * p equal entries of norm 1.
+    assert_close(basis[0], torch.full((p * p,), 1 / p, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def input_kernels(model: UNet) -> torch.Tensor:
+    """The kernels of the linear path from input to output, (coefficients, K, K), to be written to.
+
+    One per patch frequency of each colour; the trunk is silent at initialisation.
+    """
+    return model.input_filter.bias.data.view(-1, FILTER_SIZE, FILTER_SIZE)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_patch_transform_is_undone_at_the_output(tiny_model, patch_size):
+    """With the trunk at zero and kernels that copy, the network is the identity."""
+    model = tiny_model(patch_size=patch_size)
+    input_kernels(model)[:, FILTER_SIZE // 2, FILTER_SIZE // 2] = 1.0
+    x_t, timesteps, labels = inputs(2)
+    assert_close(model(x_t, timesteps, labels), x_t, rtol=0, atol=1e-5)
+
+
+def test_input_path_reaches_one_frequency_of_one_colour(tiny_model):
+    """Copying the first coefficient of the second colour: that colour's 2x2 patch means."""
+    model = tiny_model(patch_size=2)
+    input_kernels(model)[4, FILTER_SIZE // 2, FILTER_SIZE // 2] = 1.0  # 2 * 2 to a colour
+    x_t, timesteps, labels = inputs(2)
+    expected = torch.zeros_like(x_t)
+    for row in range(0, 16, 2):
+        for column in range(0, 16, 2):
+            patch = x_t[:, 1, row : row + 2, column : column + 2]
+            expected[:, 1, row : row + 2, column : column + 2] = patch.mean((1, 2))[:, None, None]
+    assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=1e-5)
+
+
+def test_input_path_filters_across_patches(tiny_model):
+    """A tap one row below and two columns right of the centre fetches the patch from there."""
+    model = tiny_model(patch_size=2)
+    input_kernels(model)[:, FILTER_SIZE // 2 + 1, FILTER_SIZE // 2 + 2] = 1.0
+    x_t, timesteps, labels = inputs(2)
+    expected = torch.zeros_like(x_t)  # zero where there is no such patch
+    expected[:, :, :-2, :-4] = x_t[:, :, 2:, 4:]
+    assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=1e-5)
+
+
+def test_timestep_embedding_is_the_sinusoid_formula():
+    timesteps = [0, 1, 37, 999]
+    expected = [
+        [math.cos(t / 10_000 ** (i / 4)) for i in range(4)]
+        + [math.sin(t / 10_000 ** (i / 4)) for i in range(4)]
+        for t in timesteps
+    ]
+    # float32 angles up to 999 are good to 6e-5.
+    assert_close(timestep_embedding(torch.tensor(timesteps), 8), torch.tensor(expected),
+                 rtol=0, atol=2e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("image_size", [18, 15, 2])
+def test_indivisible_image_size_is_refused(tiny_model, image_size):
+    with pytest.raises(ValueError, match=f"image_size {image_size} must be a multiple of 4"):
+        tiny_model(image_size=image_size)
+
+
+@pytest.mark.parametrize("num_res_blocks", [(1,), (1, 1, 1)])
+def test_wrong_number_of_res_block_entries_is_refused(tiny_model, num_res_blocks):
+    with pytest.raises(ValueError, match="num_res_blocks.*needs 2 entries"):
+        tiny_model(num_res_blocks=num_res_blocks)
+
+
+def test_default_model_is_the_one_that_checkpoints_hold():
+    """Pinned: a change here makes every existing checkpoint unreadable and must be meant.
+
+    Both numbers were read off the default model when these tests were written. The basis is
+    absent because it follows from patch_size.
+    """
+    state = UNet().state_dict()
+    assert {name.split(".")[0] for name in state} == {
+        "time_mlp", "class_embedding", "stem", "position", "down", "middle", "up", "out_norm",
+        "out", "input_filter",
+    }  # fmt: skip
+    assert len(state) == 298
+    assert sum(p.numel() for p in state.values()) == 18_591_392
+
+
+def test_defaults_agree_with_the_config():
+    defaults = {name: p.default for name, p in inspect.signature(UNet).parameters.items()}
+    config = vars(ModelConfig())
+    assert {name: defaults[name] for name in config} == config
