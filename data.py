@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import tarfile
 import zipfile
 import zlib
@@ -41,6 +42,7 @@ SEARCH_PATH = (
 HELD_OUT = 10  # without a test split, one picture in this many is held out of training
 PICTOGRAMS_PER_CLASS = 500
 PREPARED_VERSION = 1
+CONNECTION_SECONDS = 30  # without an answer from the server, after which there is no network
 THREE_WAYS = (
     "no CIFAR-10 was found. Three ways to get it: (1) set DATA_DIR to a folder or zip with one "
     "folder of pictures per class; (2) put cifar-10-python.tar.gz into data/; (3) run `make data` "
@@ -149,13 +151,19 @@ def download(root: Path) -> Path:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_url
 
-    root.mkdir(parents=True, exist_ok=True)
+    # A broken or interrupted download must not be taken for the archive next time.
+    unfinished = root / "unfinished_download"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECTION_SECONDS)
     try:
-        download_url(CIFAR10.url, root, CIFAR10.filename, CIFAR10.tgz_md5)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        download_url(CIFAR10.url, unfinished, CIFAR10.filename, CIFAR10.tgz_md5)
+        os.replace(unfinished / CIFAR10.filename, root / CIFAR10.filename)
     except (OSError, RuntimeError) as error:
-        # A damaged or partial file must not be taken for the archive next time.
-        (root / CIFAR10.filename).unlink(missing_ok=True)
         raise DataError(f"{THREE_WAYS} (The download failed: {error})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return root / CIFAR10.filename
 
 

@@ -48,7 +48,7 @@ def query_gpus() -> list[list[str]] | str:
     """The fields of QUERY for every GPU, or a sentence saying why there is none."""
     output, problem = nvidia_smi(f"--query-gpu={QUERY}", "--format=csv,noheader,nounits")
     gpus = [line.split(", ") for line in output.splitlines() if line.count(", ") == 6]
-    return gpus or f"No NVIDIA GPU found: {problem or first_line(output) or 'nvidia-smi lists none'}"
+    return gpus or f"No NVIDIA GPU found: {problem or first_line(output) or 'none is listed'}"
 
 
 def figure(text: str, form: str, unit: int = 1) -> str:

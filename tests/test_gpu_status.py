@@ -28,8 +28,8 @@ def fake_smi(tmp_path, monkeypatch):
         (folder / "csv").write_text(csv)
         (folder / "header").write_text(header)
         script = folder / "nvidia-smi"
-        script.write_text(f'#!/bin/sh\ncase "$1" in --query-gpu={gpu_status.QUERY}) '
-                          f"cat {folder}/csv;; *) cat {folder}/header;; esac\nexit {status}\n")  # fmt: skip
+        choice = f"--query-gpu={gpu_status.QUERY}) cat {folder}/csv;; *) cat {folder}/header;;"
+        script.write_text(f'#!/bin/sh\ncase "$1" in {choice} esac\nexit {status}\n')
         script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         return script
@@ -60,7 +60,7 @@ def test_fields_without_a_number(fake_smi):
 @pytest.mark.parametrize("csv, status, reason", [
     (DRIVER_ERROR, 9, "nvidia-smi failed: NVIDIA-SMI has failed because it couldn't"),
     ("No devices were found\n", 0, "No devices were found"),
-    ("", 0, "nvidia-smi lists none"),
+    ("", 0, "none is listed"),
 ])  # fmt: skip
 def test_no_gpu_says_why(fake_smi, csv, status, reason):
     fake_smi(csv, status=status)
@@ -85,13 +85,11 @@ BROKEN = {"gpus": [["0", "NVIDIA H200"]], "torch_version": "2.14.1", "torch_cuda
 DIAGNOSES = {
     "torch missing": ({"torch_version": "", "problem": "No module"}, False, "`make install`"),
     "works": ({"problem": ""}, True, "Training will use the GPU"),
-    "works without nvidia-smi": ({"gpus": gpu_status.NOT_INSTALLED, "problem": ""}, True, "GPU"),
     "no driver": ({"gpus": gpu_status.NOT_INSTALLED}, True, "Training works on the CPU"),
     "no device": ({"gpus": "No devices were found"}, True, "Training works on the CPU"),
     "broken driver": ({"gpus": "nvidia-smi failed: mismatch"}, False, "restart the machine"),
     "CPU build": ({"torch_cuda": None}, False, "whl/cu130"),
     "CPU build, old driver": ({"torch_cuda": None, "driver_cuda": "12.7"}, False, "whl/cu126"),
-    "CPU build, CUDA unknown": ({"torch_cuda": None, "driver_cuda": ""}, False, "whl/cu130"),
     "old driver": ({"driver_cuda": "12.4"}, False, "upgrade the driver, or else replace torch:\n"),
     "old driver, wheel": ({"driver_cuda": "9.2"}, False, "whl/cu126"),
     "minor versions need not agree": ({"torch_cuda": "13.2", "driver_cuda": "13.0"}, False, "fit"),
