@@ -27,7 +27,7 @@ GENERATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,SAMPLES,--samples) \
 CLEAN_FLAGS = $(if $(filter yes,$(CONFIRM)),--yes)
 
 .PHONY: help install demo data train overfit test quick-test generate status monitor gpu-status \
-  check clean clean-all clean-cuda check-python
+  bench check clean clean-all clean-cuda check-python
 
 help:  ## This list
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -70,6 +70,9 @@ monitor:  ## Live view of the run and the GPU
 
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
 	@$(PYTHON) gpu_status.py
+
+bench: $(ENVIRONMENT)  ## Seconds per image of a training and a sampling step on this machine
+	@$(PYTHON) benchmark.py $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
 
 check: $(TEST_ENVIRONMENT)  ## The test suite
 	@$(PYTHON) -m pytest -q tests $(ARGS)

@@ -277,7 +277,7 @@ def demo() -> Config:
             class_dropout_prob=0.0, validate_every=300, validation_images=200, sample_every=600,
             save_every=600,
         ),
-        sample=SampleConfig(num_inference_steps=100, grid_steps=50, guidance_scale=1.0),
+        sample=SampleConfig(num_inference_steps=25, grid_steps=25, guidance_scale=1.0),
     )  # fmt: skip
 
 

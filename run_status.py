@@ -107,7 +107,6 @@ def state_text(run: Run, now: float) -> str:
 
 
 def progress_text(run: Run) -> str:
-    """Step and epoch of their totals."""
     if not run.train:
         return "no training record yet"
     step, epoch, total = run.train[-1]["step"], run.train[-1]["epoch"], run.facts["total_steps"]
@@ -258,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     main()

@@ -22,7 +22,7 @@ RUN_DIRECTORIES = {
     "demo": Path("checkpoints_demo"),
 }  # in the order in which `make generate` looks for a checkpoint
 LINE_SECONDS = 10  # between progress lines where the output is not a terminal
-SMOOTHING = 0.95  # weight of the past in the smoothed loss curve
+SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
 
 
 class RunInUse(Exception):

@@ -8,9 +8,10 @@ import errno
 import os
 import pickle
 import re
-import shutil
+import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ import torch
 FORMAT = "conditional_diffusion"
 FORMAT_VERSION = 1
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizer"}
+# What torch.load and zipfile raise for files that are cut short, altered or something else.
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+           AssertionError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
 NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 
 
@@ -54,8 +58,10 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int) -> Path:
         # torch.save reports a failed write as RuntimeError, with the cause in its context.
         raise CheckpointError(write_failure(path, error)) from error
     finally:
-        unfinished.unlink(missing_ok=True)  # gone already unless something failed
-    for old in list_checkpoints(folder)[:-keep]:
+        with suppress(OSError):  # gone already unless something failed, which is then the news
+            unfinished.unlink()
+    others = [other for other in list_checkpoints(folder) if other != path]
+    for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink()
     return path
 
@@ -65,12 +71,10 @@ def write_failure(path: Path, error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    folder = path.parent
     if getattr(cause, "errno", None) == errno.ENOSPC:
-        free = shutil.disk_usage(folder).free / 2**20
         return (
-            f"cannot write {path}: the disk is full ({free:.0f} MiB free); free some space and "
-            "run the same command again. Earlier checkpoints are intact"
+            f"cannot write {path}: the disk is full; free some space and run the same command "
+            "again. Earlier checkpoints are intact"
         )
     reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
     return f"cannot write {path}: {reason}; check the folder's permissions and its disk"
@@ -86,11 +90,14 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a file; check the path")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not look at the checksums
+                    raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location=device, weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except DAMAGED as error:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint; use another one (`make status` lists them)"
         ) from error
@@ -99,9 +106,9 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
             f"{path} is a torch file, but not a checkpoint of this program; "
             "`make status` lists those that are"
         )
-    if state["version"] != FORMAT_VERSION:
+    if state.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {state['version']}; this program reads {FORMAT_VERSION}"
+            f"{path} has format version {state.get('version')}; this program reads {FORMAT_VERSION}"
         )
     if missing := REQUIRED_KEYS - state.keys():
         raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")

@@ -261,7 +261,9 @@ class TrainingEngine:
         with evaluating(model), self._autocast():
             for start in range(0, N, batch_size):
                 chunk = slice(start, start + batch_size)
-                noise = torch.randn(x_start[chunk].shape, generator=generator).to(self.device)
+                # One draw per image, so that the noise does not depend on the batch size.
+                noise = [torch.randn(x.shape, generator=generator) for x in x_start[chunk]]
+                noise = torch.stack(noise).to(self.device)
                 total += diffusion_loss(
                     model, self.scheduler, x_start[chunk], noise, timesteps[chunk],
                     class_labels[chunk],
