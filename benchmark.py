@@ -1,7 +1,7 @@
 """Time a training step and a sampling step of the default model on this machine (`make bench`).
 
-With --peer the same work is timed in the same run with diffusers' UNet2DModel, where that package is
-installed: the two take turns, so that the ratio holds on a machine whose speed drifts.
+With --peer the same work is timed in the same run with diffusers' UNet2DModel, where that package
+is installed: the two take turns, so that the ratio holds on a machine whose speed drifts.
 """
 
 import statistics
@@ -121,7 +121,9 @@ def run(config: Config, rounds: int, peer: bool) -> None:
         for name, model in models.items()
     }
     report("training step", time_in_turns(training, rounds, device), images)
-    sampling = {name: lambda model=model: sample_step(model, batch) for name, model in models.items()}
+    sampling = {
+        name: lambda model=model: sample_step(model, batch) for name, model in models.items()
+    }
     report("sampling step", time_in_turns(sampling, rounds, device), images)
 
 

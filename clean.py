@@ -58,7 +58,8 @@ def clean_cuda() -> int:
         print("no NVIDIA driver answers, so no process holds GPU memory that could be shown")
     print("memory held by other processes is theirs: it comes back when they end")
     # Inductor's default place; getpass would fail for users without a passwd entry.
-    inductor = Path(os.environ.get("TMPDIR", "/tmp"), f"torchinductor_{os.environ.get('USER', 'root')}")
+    user = os.environ.get("USER", "root")
+    inductor = Path(os.environ.get("TMPDIR", "/tmp"), f"torchinductor_{user}")
     return remove([path for path in (*CUDA_CACHES, inductor) if path.exists()], ask=False)
 
 

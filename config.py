@@ -167,8 +167,11 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self, "train")
-        for name in ("epochs", "batch_size", "ema_halflife_images", "log_every", "keep_checkpoints",
-                     "validate_every", "validation_images", "sample_every", "save_every"):  # fmt: skip
+        positive = (
+            "epochs", "batch_size", "ema_halflife_images", "log_every", "validate_every",
+            "validation_images", "sample_every", "save_every", "keep_checkpoints",
+        )  # fmt: skip
+        for name in positive:
             require_at_least(self, "train", name, 1)
         for name in ("warmup_steps", "weight_decay", "seed", "save_minutes"):
             require_at_least(self, "train", name, 0)

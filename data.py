@@ -439,9 +439,9 @@ class TrainingBatches:
     def starting_at(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of steps step, step + 1, ...: x_start (B, 3, H, W), class_labels (B,)."""
         while True:
-            epoch, position = divmod(step, self.steps_per_epoch)
+            epoch, first = divmod(step, self.steps_per_epoch)
             order = self.epoch_order(epoch)
-            for position in range(position, self.steps_per_epoch):
+            for position in range(first, self.steps_per_epoch):
                 index = order[position * self.batch_size : (position + 1) * self.batch_size]
                 yield self.batch(index, step)
                 step += 1

@@ -33,7 +33,6 @@ from training_monitor import (
     write_json,
 )
 
-
 USER_ERRORS = (ConfigError, CheckpointError)
 
 

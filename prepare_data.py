@@ -6,7 +6,6 @@ from config import ConfigError
 from data import DataError, prepare
 from training_monitor import progress, say
 
-
 USER_ERRORS = (ConfigError, DataError)
 
 

@@ -38,7 +38,6 @@ from training_monitor import (
 )
 from training_run import Run
 
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 USER_ERRORS = (ConfigError, CheckpointError, DataError, RunInUse, TrainingDiverged)
 
@@ -200,7 +199,7 @@ def main() -> int:
         steps_per_epoch=run.batches.steps_per_epoch, command=command,
     ) as monitor:  # fmt: skip
         say(describe(run, device))
-        say(f"results: {folder}/ (curves, samples/, checkpoints); stop: Ctrl-C; status: make status")
+        say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
             say(f"continuing at step {engine.step}")
         monitor.begin(engine.step, settings.to_dict(config))

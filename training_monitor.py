@@ -1,8 +1,8 @@
 """What a run writes down and how it is drawn.
 
-A run directory holds config.json, run.json (who runs what since when), metrics.jsonl (append-only),
-training_curves.png, samples/ and the checkpoints. Heavy imports wait inside the functions that draw,
-so that reading a run's state starts instantly.
+A run directory holds config.json, run.json (who runs what since when), metrics.jsonl, to which
+records are only appended, training_curves.png, samples/ and the checkpoints. Heavy imports wait
+inside the functions that draw, so that reading a run's state starts instantly.
 """
 
 import fcntl

@@ -36,7 +36,8 @@ def guided_prediction(
     if guidance_scale == 1:
         return model(x_t, timesteps, class_labels)
     null_labels = torch.full_like(class_labels, model.null_label)
-    both = model(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([class_labels, null_labels]))
+    labels = torch.cat([class_labels, null_labels])
+    both = model(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), labels)
     cond, uncond = both.chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 

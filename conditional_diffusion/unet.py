@@ -1,8 +1,8 @@
 """The U-Net: predicts the training target from a noisy image, its timestep and its class.
 
 The trunk works on patches: an orthonormal transform turns every p x p pixel patch into p * p
-frequency coefficients per colour, so that a 128x128 image enters as a 32x32 grid (p = 4). Depth then
-sits at 32, 16 and 8, where the information of an enlarged 32x32 picture is.
+frequency coefficients per colour, so that a 128x128 image enters as a 32x32 grid (p = 4). Depth
+then sits at 32, 16 and 8, where the information of an enlarged 32x32 picture is.
 """
 
 import math
@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 FILTER_SIZE = 5  # patches a side that the linear path from input to output looks at
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal features (B, dim) of timesteps (B,), Vaswani et al. 2017, sec. 3.5. dim is even."""
+    """Sinusoidal features (B, dim) of timesteps (B,), Vaswani et al. 2017, sec. 3.5; dim even."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
@@ -117,9 +116,9 @@ class UNet(nn.Module):
 
     Two things beside the usual trunk make it learn in few steps. A learned position map is added
     to the first feature map, because at high noise a layout can come from nowhere else. And the
-    input reaches the output through one gain per patch frequency, a function of the timestep: the
-    noise part of the prediction, which in enlarged pictures is all there is at high frequencies,
-    need not squeeze through the trunk (cf. c_skip of Karras et al. 2022, eq. 7).
+    input reaches the output through one small linear filter per patch frequency, a function of the
+    timestep: the noise part of the prediction, which in enlarged pictures is all there is at high
+    frequencies, need not squeeze through the trunk (cf. c_skip of Karras et al. 2022, eq. 7).
 
     Args:
         image_size: height and width of x_t in pixels.

@@ -168,8 +168,9 @@ def test_second_run_in_a_directory_is_refused(call):
 
 
 def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch):
-    import data
     from torchvision.datasets import CIFAR10
+
+    import data
 
     monkeypatch.setattr(data, "SEARCH_PATH", ())
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
@@ -189,7 +190,7 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
         (["--overfit", "--samples", "0"], ["--samples", "at least 1"]),
         (["--overfit", "--samples", "two"], ["--samples", "'two'"]),
         (["--full", "--batch-size", "-3"], ["train.batch_size", "at least 1"]),
-        (["--full", "--train.lerning_rate", "1"], ["--train.lerning_rate", "--train.learning_rate"]),
+        (["--full", "--train.lerning_rate", "1"], ["lerning_rate", "--train.learning_rate"]),
         (["--full", "--epoch", "1"], ["--epoch", "--epochs"]),
         (["--full", "--train.epochs", "many"], ["train.epochs", "whole number"]),
         (["--full", "--device", "cuda:99"], ["cuda:99", "gpu-status"]),

@@ -346,10 +346,11 @@ def test_batches_depend_on_the_step_alone():
     from_start = source.starting_at(0)
     for _ in range(5):
         next(from_start)
-    for a, b in zip(range(4), source.starting_at(5)):
-        x_start, labels = next(from_start)
-        torch.testing.assert_close(x_start, b[0], rtol=0, atol=0)
-        assert labels.tolist() == b[1].tolist()
+    started_late = source.starting_at(5)
+    for _ in range(4):
+        (x_start, labels), (other_x_start, other_labels) = next(from_start), next(started_late)
+        torch.testing.assert_close(x_start, other_x_start, rtol=0, atol=0)
+        assert labels.tolist() == other_labels.tolist()
 
 
 def test_flips_mirror_about_half_of_the_images():

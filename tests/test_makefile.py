@@ -12,8 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-VARIABLES = ("DATA_DIR", "DATASET", "EPOCHS", "BATCH_SIZE", "SAMPLES", "CLASSES", "GUIDANCE",
-             "STEPS", "SEED", "CHECKPOINT", "DEVICE", "FRESH", "CONFIRM", "ARGS", "PYTHON")  # fmt: skip
+VARIABLES = set(
+    "DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES CLASSES GUIDANCE STEPS SEED CHECKPOINT DEVICE FRESH "
+    "CONFIRM ARGS PYTHON".split()
+)
 
 
 def make(*arguments, folder=ROOT) -> subprocess.CompletedProcess:
