@@ -82,7 +82,7 @@ def parse_classes(text: str, class_names: tuple[str, ...] = CLASS_NAMES) -> list
     for word in filter(None, (part.strip().lower() for part in text.split(","))):
         if word in class_names:
             chosen.append(class_names.index(word))
-        elif word.isdigit() and int(word) < len(class_names):
+        elif word.isdecimal() and int(word) < len(class_names):
             chosen.append(int(word))
         else:
             hint = settings.nearest(word, class_names)
@@ -96,7 +96,7 @@ def parse_classes(text: str, class_names: tuple[str, ...] = CLASS_NAMES) -> list
 
 def parse_count(name: str, text: str) -> int:
     """A whole number of at least 1, or a ConfigError that names the flag."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"{name} must be a whole number of at least 1, not {text!r}")
     return int(text)
 

@@ -203,6 +203,8 @@ def main() -> int:
         if saved:
             say(f"continuing at step {engine.step}")
         monitor.begin(engine.step, settings.to_dict(config))
+        if config.mode in ("overfit", "quick-test"):
+            run.draw_originals(monitor)
         with stopping_on_signals(engine) as received:
             complete = run.fit(monitor)
         if not complete:

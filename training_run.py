@@ -127,6 +127,15 @@ class Run:
             images = self.sample(model, rows, self.config.sample.grid_steps)
             monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
 
+    def draw_originals(self, monitor: TrainingMonitor) -> None:
+        """The first training images of every class, to lie beside the samples."""
+        train = self.splits["train"]
+        rows = min(GRID_ROWS, int(train.labels.bincount().min()))
+        first = train.first_per_class(rows)
+        by_row = first.labels.argsort(stable=True).view(-1, rows).T.flatten()
+        images = to_x_start(first.images[by_row], self.config.data.image_size)
+        monitor.draw_samples(0, "originals", images, CLASS_NAMES)
+
     def save(self) -> None:
         save_checkpoint(
             self.folder,

@@ -69,7 +69,8 @@ def test_quick_test_then_generate(call):
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
     assert {"loss_quarters", "grad_norm", "images_per_second"} <= records[0].keys()
     assert [r["step"] for r in records if r["kind"] == "validation"] == [5, 10]
-    for picture in ("training_curves.png", "samples/step_00000010_ema.png"):
+    originals = "samples/step_00000000_originals.png"
+    for picture in ("training_curves.png", "samples/step_00000010_ema.png", originals):
         with Image.open(run / picture) as image:
             assert min(image.size) > 50
 
