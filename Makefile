@@ -91,7 +91,7 @@ clean-cuda:  ## Show who holds GPU memory, clear compile and kernel caches
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another: BASE_PYTHON=python3.12" >&2; exit 1; }
 	@$(BASE_PYTHON) -m venv .venv || { rm -rf .venv; \
-	  echo "error: cannot create .venv; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	  echo "error: cannot create .venv (reason above); on Debian or Ubuntu it needs: apt install python3-venv" >&2; exit 1; }
 
 .venv/.installed: requirements.txt | .venv/bin/python
 	@echo "installing requirements.txt into .venv (PyTorch is large: minutes)"

@@ -208,7 +208,7 @@ def main() -> int:
         with stopping_on_signals(engine) as received:
             complete = run.fit(monitor)
         if not complete:
-            say(f"stopped and saved at step {engine.step}; continue with: {command}")
+            say(f"stopped and saved at step {engine.step}; the same command continues: {command}")
             return 128 + received[0]
         if config.mode == "overfit":
             return 0 if run.verdict() else 1

@@ -132,7 +132,7 @@ def test_interrupted_run_continues_to_the_same_weights(call):
             break
     rest = process.stdout.read()
     assert process.wait(60) == 130, rest
-    assert "continue with: " in rest
+    assert "the same command continues: " in rest
     state = json.loads(Path("checkpoints/run.json").read_text())
     assert state["state"] == "interrupted"
     status, said = call(train_model, *full)
