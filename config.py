@@ -163,7 +163,11 @@ class TrainConfig:
     sample_every: int = option(2000, "steps between sample grids; always at the end")
     save_every: int = option(1000, "steps between checkpoints; always at the end")
     save_minutes: float = option(10.0, "longest time between two checkpoints, in minutes")
-    keep_checkpoints: int = option(3, "newest checkpoints kept; older ones are removed")
+    keep_checkpoints: int = option(3, "newest checkpoints kept; older ones but best.pt go")
+    max_skipped_steps: int = option(
+        5, "consecutive batches without a finite gradient that are skipped before the run stops"
+    )
+    max_hours: float = option(0.0, "stop and save after this many hours; 0: no limit")
 
     def __post_init__(self):
         check_types(self, "train")
@@ -173,7 +177,8 @@ class TrainConfig:
         )  # fmt: skip
         for name in positive:
             require_at_least(self, "train", name, 1)
-        for name in ("warmup_steps", "weight_decay", "seed", "save_minutes"):
+        for name in ("warmup_steps", "weight_decay", "seed", "save_minutes", "max_skipped_steps",
+                     "max_hours"):  # fmt: skip
             require_at_least(self, "train", name, 0)
         for name in ("learning_rate", "grad_clip", "ema_rampup_ratio"):
             require(getattr(self, name) > 0, f"train.{name} must be above 0")

@@ -24,7 +24,12 @@ from command_line import (
     exit_with,
     parse_count,
 )
-from conditional_diffusion.checkpoint import CheckpointError, list_checkpoints, load_newest
+from conditional_diffusion.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_newest,
+    require_space,
+)
 from conditional_diffusion.training_engine import TrainingDiverged
 from config import Config, ConfigError
 from data import DataError, load_splits
@@ -38,6 +43,7 @@ from training_monitor import (
 )
 from training_run import Run
 
+TIME_LIMIT_STATUS = 75  # "try again later" of sysexits.h, for schedulers that requeue
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 USER_ERRORS = (ConfigError, CheckpointError, DataError, RunInUse, TrainingDiverged)
 
@@ -186,7 +192,7 @@ def main() -> int:
     config, splits = load_data(config, chosen="data.dataset" in overrides)
     run = Run(config, folder, splits, device, saved)
     engine = run.engine
-    if engine.step >= engine.total_steps:
+    if engine.step >= engine.total_steps and not run.lacks_grid():
         say(f"the run in {folder} is complete ({engine.step} steps); EPOCHS= makes it longer, "
             "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
         return 0
@@ -202,6 +208,7 @@ def main() -> int:
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
             say(f"continuing at step {engine.step}")
+        require_space(folder, run.checkpoint_bytes())
         monitor.begin(engine.step, settings.to_dict(config))
         if config.mode in ("overfit", "quick-test"):
             run.draw_originals(monitor)
@@ -209,7 +216,7 @@ def main() -> int:
             complete = run.fit(monitor)
         if not complete:
             say(f"stopped and saved at step {engine.step}; the same command continues: {command}")
-            return 128 + received[0]
+            return 128 + received[0] if received else TIME_LIMIT_STATUS
         if config.mode == "overfit":
             return 0 if run.verdict() else 1
     say(f"finished; pictures: {monitor.samples}/; next: make generate")

@@ -133,9 +133,11 @@ class TrainingMonitor:
         self.lock.close()
 
     def begin(self, step: int, config: dict) -> None:
-        """Write the config and cut records past `step`, which a resumed run will write again."""
+        """Write the config and cut what a killed run left past `step`: it will come again."""
         from tqdm import tqdm
 
+        for stale in self.folder.rglob("*.tmp"):
+            stale.unlink()
         write_json(self.folder / "config.json", config)
         kept = [record for record in read_metrics(self.folder) if record["step"] <= step]
         path = self.folder / "metrics.jsonl"
@@ -182,12 +184,16 @@ class TrainingMonitor:
 
     def draw_samples(self, step: int, name: str, images, class_names: Sequence[str]) -> Path:
         """A labelled grid of x in [-1, 1], (rows * classes, 3, H, W), classes taking turns."""
-        path = self.samples / f"step_{step:08d}_{name}.png"
+        path = sample_path(self.folder, step, name)
         save_image(labelled_grid(to_uint8(images), class_names, f"step {step}, {name}"), path)
         return path
 
     def draw_curves(self) -> None:
         draw_curves(read_metrics(self.folder), self.folder / "training_curves.png")
+
+
+def sample_path(folder: Path, step: int, name: str) -> Path:
+    return folder / "samples" / f"step_{step:08d}_{name}.png"
 
 
 def to_uint8(images):

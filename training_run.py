@@ -17,6 +17,7 @@ from scores import nearest_images
 from training_monitor import (
     TrainingMonitor,
     labelled_grid,
+    sample_path,
     save_image,
     say,
     to_uint8,
@@ -81,11 +82,16 @@ class Run:
             grad_clip=train.grad_clip, class_dropout_prob=train.class_dropout_prob,
             min_snr_gamma=config.diffusion.min_snr_gamma,
             ema_halflife_images=train.ema_halflife_images,
-            ema_rampup_ratio=train.ema_rampup_ratio, seed=train.seed,
+            ema_rampup_ratio=train.ema_rampup_ratio,
+            max_skipped_steps=train.max_skipped_steps, seed=train.seed,
             autocast_dtype=autocast_dtype(config, device),
         )  # fmt: skip
+        self.best_loss = math.inf  # validation loss of best.pt
+        self.validated = (-1, math.inf)  # step and EMA loss of the last validation
         if saved is not None:
             self.engine.load_state_dict(saved)
+            self.best_loss = saved["best_loss"]
+        self.reported_skips = self.engine.skipped_steps
         # Evenly over the held-out set, which is sorted by class.
         held_out = splits["test"]
         count = min(train.validation_images, len(held_out))
@@ -110,6 +116,10 @@ class Run:
 
     def log(self, monitor: TrainingMonitor) -> None:
         metrics = self.engine.take_metrics()
+        if metrics["skipped_steps"] > self.reported_skips:
+            self.reported_skips = metrics["skipped_steps"]
+            say(f"step {self.engine.step}: {self.reported_skips} batches so far were skipped "
+                "because loss or gradient was not finite")  # fmt: skip
         monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device))
 
     def validate(self, monitor: TrainingMonitor) -> None:
@@ -120,12 +130,19 @@ class Run:
             for model in (self.model, self.engine.ema_model)
         ]
         monitor.record("validation", step=self.engine.step, loss=losses[0], loss_ema=losses[1])
+        self.validated = (self.engine.step, losses[1])
 
     def draw(self, monitor: TrainingMonitor) -> None:
         rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
             images = self.sample(model, rows, self.config.sample.grid_steps)
             monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
+
+    def lacks_grid(self) -> bool:
+        """Whether a kill came between the checkpoint of this step and the grid due with it."""
+        step = self.engine.step
+        due = step == self.engine.total_steps or step % self.config.train.sample_every == 0
+        return due and step > 0 and not sample_path(self.folder, step, "ema").exists()
 
     def draw_originals(self, monitor: TrainingMonitor) -> None:
         """The first training images of every class, to lie beside the samples."""
@@ -137,37 +154,58 @@ class Run:
         monitor.draw_samples(0, "originals", images, CLASS_NAMES)
 
     def save(self) -> None:
+        """A checkpoint of this step; of a full run the best by validation loss is kept too."""
+        step, loss = self.validated
+        best = self.config.mode == "full" and step == self.engine.step and loss < self.best_loss
+        if best:
+            self.best_loss = loss
         save_checkpoint(
             self.folder,
             {
                 "config": settings.to_dict(self.config),
                 "class_names": list(CLASS_NAMES),
                 "total_steps": self.engine.total_steps,
+                "best_loss": self.best_loss,
                 **self.engine.state_dict(),
             },
             keep=self.config.train.keep_checkpoints,
+            best=best,
         )
 
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint, near enough: weights, EMA and AdamW's two moments."""
+        return 4 * sum(parameter.nbytes for parameter in self.model.parameters())
+
     def fit(self, monitor: TrainingMonitor) -> bool:
-        """Train to the end or to a signal; either way the last step is saved."""
+        """Train to the end, a signal or the time limit; either way the last step is saved."""
         train, engine = self.config.train, self.engine
+        # The first step of all is logged at once; a resumed run keeps to the rhythm.
         log_due = due_every(train.log_every)
-        first_step = engine.step + 1
+        deadline = time.monotonic() + 3600 * (train.max_hours or math.inf)
+
+        def after_step() -> None:
+            monitor.advance()
+            if time.monotonic() > deadline:
+                engine.stop_requested = True
+
+        if self.lacks_grid():
+            self.draw(monitor)
         try:
             complete = engine.fit(
                 self.batches.starting_at(engine.step),
-                on_step=monitor.advance,
+                on_step=after_step,
                 periodic=[
-                    (lambda step: step == first_step or log_due(step), lambda: self.log(monitor)),
+                    (lambda step: step == 1 or log_due(step), lambda: self.log(monitor)),
                     (due_every(train.validate_every), lambda: self.validate(monitor)),
-                    (due_every(train.validate_every), monitor.draw_curves),
                     (due_every(train.save_every, train.save_minutes), self.save),
+                    # Drawing comes last: what takes time must not stand before a save.
+                    (due_every(train.validate_every), monitor.draw_curves),
                     (due_every(train.sample_every), lambda: self.draw(monitor)),
                 ],
             )
         finally:
             monitor.bar.close()
-        if not complete:
+        if not complete and engine.step > 0:
             self.save()
             monitor.draw_curves()
         monitor.end("finished" if complete else "interrupted")

@@ -1,13 +1,15 @@
 """Writing, checking, finding and reading checkpoints.
 
 A checkpoint is one torch file: a dict of tensors and plain values, written to a temporary name,
-flushed to disk and renamed, so that a file with a checkpoint's name is always complete.
+flushed to disk, read back and renamed, so that a file with a checkpoint's name is always complete.
+The checksums that the format holds for every tensor are verified when it is loaded.
 """
 
 import errno
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -22,6 +24,7 @@ REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema",
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
            AssertionError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
+BEST = "best.pt"
 NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 
 
@@ -39,10 +42,28 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in paths if NAME.fullmatch(path.name))
 
 
-def save_checkpoint(folder: Path, state: dict, *, keep: int) -> Path:
+def require_space(folder: Path, needed: int) -> None:
+    """Raise CheckpointError unless the folder's disk has this many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"the disk of {folder} has {free / 2**20:.0f} MiB free, but a checkpoint needs "
+            f"{needed / 2**20:.0f} MiB; free some space"
+        )
+
+
+def verify_checksums(path: Path) -> None:
+    """Raise ValueError or BadZipFile if any part of a checkpoint is not what was written."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
+
+
+def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False) -> Path:
     """Write state as the checkpoint of state["step"], then prune to the `keep` newest.
 
-    Raises CheckpointError where it cannot be written; older checkpoints are then untouched.
+    With `best` it also becomes best.pt, which pruning leaves alone. Raises CheckpointError where it
+    cannot be written; older checkpoints are then untouched.
     """
     path = checkpoint_path(folder, state["step"])
     unfinished = path.with_suffix(".tmp")
@@ -53,8 +74,13 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int) -> Path:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        verify_checksums(unfinished)
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
+        if best:
+            unfinished.hardlink_to(path)  # takes no space of its own while both exist
+            os.replace(unfinished, path.with_name(BEST))
+        flush_folder(path.parent)
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         # torch.save reports a failed write as RuntimeError, with the cause in its context.
         raise CheckpointError(write_failure(path, error)) from error
     finally:
@@ -64,6 +90,15 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int) -> Path:
     for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink()
     return path
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_failure(path: Path, error: Exception) -> str:
@@ -91,9 +126,7 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
         raise CheckpointError(f"{path} does not exist or is not a file; check the path")
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not look at the checksums
-                    raise ValueError(f"wrong checksum of {damaged}")
+            verify_checksums(path)  # torch.load does not
         state = torch.load(path, map_location=device, weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

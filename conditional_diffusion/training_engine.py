@@ -17,11 +17,13 @@ from torch.optim.swa_utils import AveragedModel
 from .noise_scheduler import CosineNoiseScheduler
 from .sampler import evaluating
 
+# Running sums since the last record, by attribute; durations are not among them.
+SUMS = ("_losses", "_counts", "_grad_norms", "_summed_steps")
 QUARTERS = 4  # of the timesteps, from least to most noise, for which losses are reported apart
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite; nothing of that step reached the weights."""
+    """Losses or gradients are not finite; nothing of these steps reached the weights."""
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -107,6 +109,7 @@ class TrainingEngine:
         weight_decay: of AdamW. grad_clip: largest gradient norm.
         class_dropout_prob: see drop_labels. min_snr_gamma: see min_snr_weights.
         ema_halflife_images, ema_rampup_ratio: see ema_decay.
+        max_skipped_steps: consecutive steps without a finite gradient that are left out.
         seed: of all randomness inside the steps.
         autocast_dtype: torch.bfloat16 for mixed precision, None for float32.
     """
@@ -126,6 +129,7 @@ class TrainingEngine:
         min_snr_gamma: float = 5.0,
         ema_halflife_images: float = 500_000,
         ema_rampup_ratio: float = 0.1,
+        max_skipped_steps: int = 0,
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ):
@@ -137,7 +141,9 @@ class TrainingEngine:
         self.min_snr_gamma, self.seed = min_snr_gamma, seed
         self.ema_halflife_images, self.ema_rampup_ratio = ema_halflife_images, ema_rampup_ratio
         self.autocast_dtype = autocast_dtype
+        self.max_skipped_steps = max_skipped_steps
         self.step = self.images_seen = 0
+        self.skipped_steps = self._skipped_in_a_row = 0
         self.stop_requested = False
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
@@ -162,7 +168,9 @@ class TrainingEngine:
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
         """One optimizer step on x_start (B, C, H, W) in [-1, 1] with class_labels (B,).
 
-        Raises TrainingDiverged before the weights are touched if loss or gradient is not finite.
+        A batch whose loss or gradient is not finite is left out; the weights do not see it. Raises
+        TrainingDiverged, weights still untouched, once more than max_skipped_steps follow each
+        other.
         """
         batch_size = len(x_start)
         torch.manual_seed(step_seed(self.seed, self.step))  # dropout included, hence global
@@ -184,12 +192,9 @@ class TrainingEngine:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         # A loss that is not finite makes the norm so too: one check, one device read.
         if not torch.isfinite(grad_norm):
-            self.optimizer.zero_grad()
-            raise TrainingDiverged(
-                f"loss or gradient is not finite at step {self.step} (loss "
-                f"{losses.mean().item():g}, learning rate {self.current_learning_rate:g}); the "
-                "weights before it are unharmed. Lower train.learning_rate or use fp32"
-            )
+            self._skip_step(losses.mean().item())
+            return
+        self._skipped_in_a_row = 0
         for group in self.optimizer.param_groups:
             group["lr"] = self.current_learning_rate
         self.optimizer.step()
@@ -202,6 +207,20 @@ class TrainingEngine:
         )
         self._averaged.update_parameters(self.model)
         self._add_to_sums(losses.detach(), timesteps, grad_norm)
+
+    def _skip_step(self, loss: float) -> None:
+        self.optimizer.zero_grad()
+        if self._skipped_in_a_row >= self.max_skipped_steps:
+            precision = "float32" if self.autocast_dtype is None else str(self.autocast_dtype)
+            raise TrainingDiverged(
+                f"loss or gradient is not finite at step {self.step}, after {self.skipped_steps} "
+                f"skipped steps (loss {loss:g}, learning rate {self.current_learning_rate:g}, "
+                f"{precision}); the last checkpoint is unharmed. Lower train.learning_rate or set "
+                "train.precision to fp32, then run again"
+            )
+        self._skipped_in_a_row += 1
+        self.skipped_steps += 1
+        self.step += 1  # the data order and the schedule go on as if it had been taken
 
     @property
     def current_learning_rate(self) -> float:
@@ -241,6 +260,7 @@ class TrainingEngine:
             "learning_rate": self.current_learning_rate,
             "images_per_second": self._summed_images / max(self._seconds, 1e-9),
             "data_wait": self._data_seconds / max(self._seconds, 1e-9),
+            "skipped_steps": self.skipped_steps,
         }
         self._reset_sums()
         return metrics
@@ -306,6 +326,9 @@ class TrainingEngine:
             "model": self.model.state_dict(),
             "ema": self.ema_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            # So that the record a resumed run writes next equals that of an uninterrupted one.
+            "sums": {name: getattr(self, name) for name in SUMS},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -315,3 +338,6 @@ class TrainingEngine:
         self._averaged.n_averaged.fill_(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.images_seen = state["step"], state["images_seen"]
+        self.skipped_steps = state["skipped_steps"]
+        for name, value in state["sums"].items():
+            setattr(self, name, value.to(self.device) if torch.is_tensor(value) else value)

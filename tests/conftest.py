@@ -23,6 +23,22 @@ def pytest_configure(config):
         config.option.markexpr = "not slow and not gpu"
 
 
+def assert_identical(actual, expected, where="state"):
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected), where
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), where
+        for key in expected:
+            assert_identical(actual[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), where
+        for i, pair in enumerate(zip(actual, expected)):
+            assert_identical(*pair, f"{where}[{i}]")
+    else:
+        assert actual == expected, where
+
+
 @pytest.fixture
 def tiny_model():
     """tiny_model(seed=0, **overrides): a UNet for 16x16 images, its weights fixed by the seed."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_identical
 
 from conditional_diffusion import checkpoint
 from conditional_diffusion.checkpoint import (
@@ -17,6 +18,7 @@ from conditional_diffusion.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    require_space,
     save_checkpoint,
 )
 
@@ -349,3 +351,57 @@ def test_no_checkpoint_anywhere_is_none(tmp_path):
     assert load_newest([tmp_path / "absent", tmp_path / "empty"], warn=warnings.append) is None
     assert load_newest([], warn=warnings.append) is None
     assert warnings == []
+
+
+def test_no_cut_or_flipped_byte_ever_loads_other_values(tmp_path):
+    """Fifty lengths and fifty flips: a refusal, or exactly what was written."""
+    original = state(3)
+    path = save_checkpoint(tmp_path, original, keep=1)
+    content, chance = path.read_bytes(), random.Random(0)
+    damaged = [content[: chance.randrange(len(content))] for _ in range(50)]
+    for _ in range(50):
+        flipped = bytearray(content)
+        flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        damaged.append(bytes(flipped))
+    refused = 0
+    for candidate in damaged:
+        path.write_bytes(candidate)
+        try:
+            loaded = load_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+        else:  # a byte between the records, which nothing reads
+            for key in original:
+                assert_identical(loaded[key], original[key])
+    assert refused >= 50
+
+
+def test_best_is_kept_when_the_newest_push_it_out(tmp_path):
+    save_checkpoint(tmp_path, state(1), keep=1, best=True)
+    save_checkpoint(tmp_path, state(2), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "checkpoint_00000002.pt"]
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
+    save_checkpoint(tmp_path, state(3), keep=1, best=True)
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 3
+
+
+def test_a_write_that_the_disk_garbles_is_noticed_before_the_old_one_goes(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(1), keep=1)
+    write = torch.save
+
+    def garble(contents, file):
+        write(contents, file)
+        file.seek(file.tell() // 2)
+        file.write(b"garbled" * 20)
+
+    monkeypatch.setattr(torch, "save", garble)
+    with pytest.raises(CheckpointError, match="checkpoint_00000002.pt"):
+        save_checkpoint(tmp_path, state(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000001.pt"]
+    assert load_checkpoint(tmp_path / "checkpoint_00000001.pt")["step"] == 1
+
+
+def test_too_little_space_is_named(tmp_path):
+    require_space(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="MiB free, but a checkpoint needs"):
+        require_space(tmp_path, 2**60)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import assert_identical
 from torch import nn
 from torch.testing import assert_close
 
@@ -60,22 +61,6 @@ def through_a_file(state: dict) -> dict:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def assert_identical(actual, expected, where="state"):
-    """Bit for bit, through nested dicts and lists."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(actual, expected), where
-    elif isinstance(expected, dict):
-        assert actual.keys() == expected.keys(), where
-        for key in expected:
-            assert_identical(actual[key], expected[key], f"{where}[{key!r}]")
-    elif isinstance(expected, (list, tuple)):
-        assert len(actual) == len(expected), where
-        for i, pair in enumerate(zip(actual, expected)):
-            assert_identical(*pair, f"{where}[{i}]")
-    else:
-        assert actual == expected, where
 
 
 # Formulas
@@ -312,6 +297,25 @@ def test_divergence_is_raised_before_anything_moved(schedule, tiny_model, poison
         each.train_step(*images(4))
     assert_identical(engine.state_dict(), unharmed.state_dict())
     assert engine.take_metrics()["loss"] == unharmed.take_metrics()["loss"]
+
+
+def test_batches_without_finite_gradient_are_skipped_within_a_budget(schedule, tiny_model):
+    engine = engine_for(tiny_model(), schedule(), max_skipped_steps=2)
+    engine.train_step(*images(4))
+    before = {k: v.clone() for k, v in engine.model.state_dict().items()}
+    x_start, labels = images(4)
+    for _ in range(2):
+        engine.train_step(x_start * math.nan, labels)
+    assert_identical(engine.model.state_dict(), before)
+    assert (engine.step, engine.skipped_steps, engine.images_seen) == (3, 2, 4)
+    engine.train_step(x_start, labels)  # a good one in between renews the budget
+    for _ in range(2):
+        engine.train_step(x_start * math.nan, labels)
+    unharmed = engine.state_dict()
+    with pytest.raises(TrainingDiverged, match="after 4 skipped steps"):
+        engine.train_step(x_start * math.nan, labels)
+    assert_identical(engine.state_dict(), unharmed)
+    assert engine.take_metrics()["skipped_steps"] == 4
 
 
 def test_randomness_of_a_step_depends_on_seed_and_step_alone(schedule):
