@@ -23,6 +23,7 @@ from command_line import (
 )
 from conditional_diffusion import DDPMSampler
 from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
+from conditional_diffusion.memory import OutOfMemory
 from config import Config, ConfigError
 from training_monitor import (
     RUN_DIRECTORIES,
@@ -33,7 +34,7 @@ from training_monitor import (
     write_json,
 )
 
-USER_ERRORS = (ConfigError, CheckpointError)
+USER_ERRORS = (ConfigError, CheckpointError, OutOfMemory)
 
 
 def parse_arguments():

@@ -30,6 +30,7 @@ from conditional_diffusion.checkpoint import (
     load_newest,
     require_space,
 )
+from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.training_engine import TrainingDiverged
 from config import Config, ConfigError
 from data import DataError, load_splits
@@ -45,7 +46,7 @@ from training_run import Run
 
 TIME_LIMIT_STATUS = 75  # "try again later" of sysexits.h, for schedulers that requeue
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-USER_ERRORS = (ConfigError, CheckpointError, DataError, RunInUse, TrainingDiverged)
+USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory, RunInUse, TrainingDiverged)
 
 
 def parse_arguments():

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .memory import MEMORY_ERRORS, OutOfMemory, logger, reraise_unless_out_of_memory
 from .noise_scheduler import CosineNoiseScheduler, posterior_coefficients
 
 
@@ -74,6 +75,16 @@ def evaluating(model: nn.Module):
         model.train(was_training)
 
 
+def smaller_batch(batch_size: int) -> int:
+    """Half the batch, said aloud; OutOfMemory if it was a single picture."""
+    if batch_size == 1:
+        raise OutOfMemory("out of memory while drawing a single picture; use another device")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    logger.warning("out of memory: drawing %d pictures at a time", batch_size // 2)
+    return batch_size // 2
+
+
 class DDPMSampler:
     """Ancestral sampling (Ho et al. 2020, alg. 2) over evenly spaced timesteps.
 
@@ -119,15 +130,20 @@ class DDPMSampler:
             callback: called with (steps done in this batch, x_t) after each step.
         """
         batch_size = batch_size or len(seeds)
+        pictures: list[Tensor] = []
         with evaluating(model):
-            batches = [
-                self._sample_batch(
-                    model, class_labels[start : start + batch_size], shape,
-                    seeds[start : start + batch_size], callback,
-                )
-                for start in range(0, len(seeds), batch_size)
-            ]  # fmt: skip
-        return torch.cat(batches)
+            while (start := sum(map(len, pictures))) < len(seeds):
+                part = slice(start, start + batch_size)
+                try:
+                    batch = self._sample_batch(
+                        model, class_labels[part], shape, seeds[part], callback
+                    )
+                except MEMORY_ERRORS as error:
+                    reraise_unless_out_of_memory(error)
+                    batch_size = smaller_batch(min(batch_size, len(seeds)))
+                else:
+                    pictures.append(batch)
+        return torch.cat(pictures)
 
     def _sample_batch(self, model, class_labels, shape, seeds, callback) -> Tensor:
         device = class_labels.device

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .memory import MEMORY_ERRORS, OutOfMemory, logger, reraise_unless_out_of_memory
 from .noise_scheduler import CosineNoiseScheduler
 from .sampler import evaluating
 
@@ -141,7 +142,7 @@ class TrainingEngine:
         self.min_snr_gamma, self.seed = min_snr_gamma, seed
         self.ema_halflife_images, self.ema_rampup_ratio = ema_halflife_images, ema_rampup_ratio
         self.autocast_dtype = autocast_dtype
-        self.max_skipped_steps = max_skipped_steps
+        self.max_skipped_steps, self.micro_batches = max_skipped_steps, 1
         self.step = self.images_seen = 0
         self.skipped_steps = self._skipped_in_a_row = 0
         self.stop_requested = False
@@ -173,22 +174,14 @@ class TrainingEngine:
         other.
         """
         batch_size = len(x_start)
-        torch.manual_seed(step_seed(self.seed, self.step))  # dropout included, hence global
-        T = self.scheduler.num_train_timesteps
-        timesteps = stratified_timesteps(batch_size, T, self.device)
-        noise = torch.randn_like(x_start)
-        if self.class_dropout_prob > 0:
-            class_labels = drop_labels(
-                class_labels, self.class_dropout_prob, self.model.null_label
-            )
-
-        self.model.train()
-        with self._autocast():
-            losses = diffusion_loss(
-                self.model, self.scheduler, x_start, noise, timesteps, class_labels
-            )  # (B,)
-        weights = min_snr_weights(self.scheduler, timesteps, self.min_snr_gamma)
-        (weights * losses).mean().backward()
+        while True:
+            try:
+                losses, timesteps = self._compute_gradients(x_start, class_labels)
+                break
+            except MEMORY_ERRORS as error:
+                reraise_unless_out_of_memory(error)
+                self.optimizer.zero_grad()
+                self._split_further(batch_size)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         # A loss that is not finite makes the norm so too: one check, one device read.
         if not torch.isfinite(grad_norm):
@@ -206,7 +199,52 @@ class TrainingEngine:
             batch_size, self.images_seen, self.ema_halflife_images, self.ema_rampup_ratio
         )
         self._averaged.update_parameters(self.model)
-        self._add_to_sums(losses.detach(), timesteps, grad_norm)
+        self._add_to_sums(losses, timesteps, grad_norm)
+
+    def _compute_gradients(self, x_start: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the weighted mean loss; returns (losses (B,), timesteps (B,)).
+
+        The batch goes through the network in `micro_batches` parts with the same gradients: all
+        randomness but dropout is drawn for the whole batch.
+        """
+        batch_size = len(x_start)
+        torch.manual_seed(step_seed(self.seed, self.step))  # dropout included, hence global
+        T = self.scheduler.num_train_timesteps
+        timesteps = stratified_timesteps(batch_size, T, self.device)
+        noise = torch.randn_like(x_start)
+        if self.class_dropout_prob > 0:
+            class_labels = drop_labels(
+                class_labels, self.class_dropout_prob, self.model.null_label
+            )
+
+        self.model.train()
+        weights = min_snr_weights(self.scheduler, timesteps, self.min_snr_gamma)
+        size = -(-batch_size // self.micro_batches)
+        parts = []
+        for start in range(0, batch_size, size):
+            part = slice(start, start + size)
+            with self._autocast():
+                losses = diffusion_loss(
+                    self.model, self.scheduler, x_start[part], noise[part], timesteps[part],
+                    class_labels[part],
+                )  # fmt: skip
+            ((weights[part] * losses).sum() / batch_size).backward()
+            parts.append(losses.detach())
+        return torch.cat(parts), timesteps
+
+    def _split_further(self, batch_size: int) -> None:
+        """After running out of memory: twice as many parts per batch, for the rest of the run."""
+        if self.micro_batches >= batch_size:
+            raise OutOfMemory(
+                "out of memory with a single image at a time; use a smaller model or image size"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batches = min(batch_size, 2 * self.micro_batches)
+        logger.warning(
+            "out of memory at step %d: each batch of %d now goes through the network in %d parts, "
+            "with the same gradients", self.step, batch_size, self.micro_batches,
+        )  # fmt: skip
 
     def _skip_step(self, loss: float) -> None:
         self.optimizer.zero_grad()

@@ -114,7 +114,8 @@ def test_overfit_verdict_decides_the_exit_status(call):
     assert ("PASS" in said) == better
 
 
-def test_interrupted_run_continues_to_the_same_weights(call):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_continues_to_the_same_weights(call, number):
     full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 2,
             "--train.log_every", 1]  # fmt: skip
     call(train_model, *full)
@@ -128,10 +129,10 @@ def test_interrupted_run_continues_to_the_same_weights(call):
     )
     for line in process.stdout:
         if line.startswith("step 1/"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     rest = process.stdout.read()
-    assert process.wait(60) == 130, rest
+    assert process.wait(60) == 128 + number, rest
     assert "the same command continues: " in rest
     state = json.loads(Path("checkpoints/run.json").read_text())
     assert state["state"] == "interrupted"
@@ -143,6 +144,14 @@ def test_interrupted_run_continues_to_the_same_weights(call):
             torch.testing.assert_close(resumed[part][name], value, rtol=0, atol=0)
     steps = [r["step"] for r in read_metrics(Path("checkpoints")) if r["kind"] == "train"]
     assert steps == list(range(1, 11))
+
+
+def test_time_limit_saves_and_says_try_again(call):
+    full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 3]
+    status, said = call(train_model, *full, "--train.max_hours", 1e-9)
+    assert status == 75 and "stopped and saved at step 1" in said
+    status, said = call(train_model, *full)
+    assert status == 0 and "continuing at step 1" in said
 
 
 def test_resume_refuses_what_would_be_another_model(call):

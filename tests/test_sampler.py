@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from conditional_diffusion import DDPMSampler
+from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.sampler import ddpm_step, guided_prediction, inference_timesteps
 
 
@@ -260,3 +261,32 @@ def test_nothing_but_the_predicted_image_is_clipped(schedule):
         assert torch.equal(clipped, free)
     # 1024 draws of about unit variance: one beyond 2.5 is missing with probability 3e-6.
     assert trajectories[True][0][1].abs().max() > 2.5
+
+
+def test_out_of_memory_draws_fewer_at_a_time_and_the_same_pictures(awake_model, schedule, caplog):
+    sampler = DDPMSampler(schedule(), num_inference_steps=3)
+    labels, seeds = torch.arange(7), list(range(7))
+    model = awake_model()
+    expected = sampler.sample(model, labels, (3, 16, 16), seeds)
+    forward = model.forward
+
+    def limited(x_t, timesteps, class_labels):
+        if len(x_t) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(x_t, timesteps, class_labels)
+
+    model.forward = limited
+    found = sampler.sample(model, labels, (3, 16, 16), seeds)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert "drawing 1 pictures at a time" in caplog.text
+
+
+def test_out_of_memory_with_one_picture_is_a_sentence(schedule):
+    def model(x_t, timesteps, class_labels):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    network = torch.nn.Module()
+    network.forward = model
+    sampler = DDPMSampler(schedule(), num_inference_steps=3)
+    with pytest.raises(OutOfMemory, match="a single picture"):
+        sampler.sample(network, torch.arange(4), (3, 4, 4), range(4))

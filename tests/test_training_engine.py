@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from conditional_diffusion import TrainingEngine
+from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.training_engine import (
     TrainingDiverged,
     drop_labels,
@@ -316,6 +317,65 @@ def test_batches_without_finite_gradient_are_skipped_within_a_budget(schedule, t
         engine.train_step(x_start * math.nan, labels)
     assert_identical(engine.state_dict(), unharmed)
     assert engine.take_metrics()["skipped_steps"] == 4
+
+
+def out_of_memory_above(model, largest: int, error: Exception):
+    """The model, failing as an allocator does on batches above `largest`."""
+    forward = model.forward
+
+    def limited(x_t, timesteps, class_labels):
+        if len(x_t) > largest:
+            raise error
+        return forward(x_t, timesteps, class_labels)
+
+    model.forward = limited
+    return model
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+)  # fmt: skip
+def test_out_of_memory_splits_the_batch_with_the_same_gradients(
+    schedule, awake_model, error, caplog
+):
+    whole = engine_for(awake_model(), schedule(), class_dropout_prob=0.5)
+    split = engine_for(
+        out_of_memory_above(awake_model(), 3, error), schedule(), class_dropout_prob=0.5
+    )
+    for _ in range(3):
+        for engine in (whole, split):
+            engine.train_step(*images(10))
+    assert split.micro_batches == 4 and whole.micro_batches == 1
+    assert sum("out of memory at step 0" in message for message in caplog.messages) == 2
+    for a, b in zip(split.model.parameters(), whole.model.parameters(), strict=True):
+        # Adam's first steps divide by the gradient, which magnifies rounding.
+        assert_close(a, b, rtol=0, atol=1e-4)
+    assert split.take_metrics()["loss"] == pytest.approx(whole.take_metrics()["loss"], rel=1e-4)
+    assert split.images_seen == 30
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(schedule, awake_model):
+    gradients = []
+    for parts in (1, 4):
+        engine = engine_for(awake_model(), schedule(), min_snr_gamma=5.0)
+        engine.micro_batches = parts
+        engine._compute_gradients(*images(10))
+        gradients.append([parameter.grad for parameter in engine.model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_memory_with_one_image_is_a_sentence_and_other_errors_pass(schedule, tiny_model):
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    engine = engine_for(out_of_memory_above(tiny_model(), 0, error), schedule())
+    with pytest.raises(OutOfMemory, match="single image"):
+        engine.train_step(*images(4))
+    other = engine_for(out_of_memory_above(tiny_model(), 0, RuntimeError("a bug")), schedule())
+    with pytest.raises(RuntimeError, match="a bug"):
+        other.train_step(*images(4))
+    assert other.micro_batches == 1
 
 
 def test_randomness_of_a_step_depends_on_seed_and_step_alone(schedule):
