@@ -20,11 +20,11 @@ endif
 flag = $(if $(value $(1)),$(2) '$(subst ','\'',$(value $(1)))')
 TRAIN_FLAGS = $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
   $(call flag,EPOCHS,--epochs) $(call flag,BATCH_SIZE,--batch-size) $(call flag,SEED,--seed) \
-  $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(if $(FRESH),--fresh) $(ARGS)
+  $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(if $(filter 1 yes true,$(FRESH)),--fresh) $(ARGS)
 GENERATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,SAMPLES,--samples) \
   $(call flag,CLASSES,--classes) $(call flag,GUIDANCE,--guidance) $(call flag,STEPS,--steps) \
   $(call flag,SEED,--seed) $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
-CLEAN_FLAGS = $(if $(filter yes,$(CONFIRM)),--yes)
+CLEAN_FLAGS = $(if $(filter 1 yes true,$(CONFIRM)),--yes)
 
 .PHONY: help install demo data train overfit test quick-test generate status monitor gpu-status \
   bench check clean clean-all clean-cuda check-python
@@ -42,7 +42,8 @@ install: $(ENVIRONMENT)  ## Create .venv and install requirements.txt; repeated:
 
 demo: $(ENVIRONMENT)  ## The whole product on a laptop CPU, offline: train small, draw a grid
 	@$(PYTHON) train_model.py --demo $(TRAIN_FLAGS)
-	@$(PYTHON) generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo
+	@$(PYTHON) generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo \
+	  $(call flag,DEVICE,--device)
 	@echo "next: 'make overfit' checks the full model, 'make train' trains it, 'make help' lists more"
 
 data: $(ENVIRONMENT)  ## Find or download CIFAR-10 and prepare it
@@ -104,6 +105,8 @@ clean-cuda:  ## Show who holds GPU memory, clear compile and kernel caches
 	@touch $@
 
 check-python:
+	@command -v '$(PYTHON)' > /dev/null || { echo "error: PYTHON=$(PYTHON) is no program here; name \
+	an interpreter, or leave PYTHON= out" >&2; exit 1; }
 	@$(PYTHON) -c 'import importlib.util as u, sys; m = [p for p in \
 	  ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL") if not u.find_spec(p)]; \
 	  sys.exit("error: $(PYTHON) lacks " + ", ".join(m) + "; install requirements.txt there or leave PYTHON= out" if m else 0)'

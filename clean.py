@@ -39,7 +39,8 @@ def remove(paths: list[Path], *, ask: bool) -> int:
     if ask:
         if not sys.stdin.isatty():
             sys.exit("error: checkpoints of a full run are among these; say CONFIRM=yes")
-        if input("remove them, checkpoints of a full run included? [y/N] ").strip().lower() != "y":
+        print("remove them, checkpoints of a full run included? [y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return 1
     for path in paths:

@@ -81,14 +81,16 @@ def parse_classes(text: str, class_names: tuple[str, ...] = CLASS_NAMES) -> list
     chosen = []
     for word in filter(None, (part.strip().lower() for part in text.split(","))):
         if word in class_names:
-            chosen.append(class_names.index(word))
+            index = class_names.index(word)
         elif word.isdecimal() and int(word) < len(class_names):
-            chosen.append(int(word))
+            index = int(word)
         else:
             hint = settings.nearest(word, class_names)
             raise ConfigError(
                 f"unknown class {word!r}; {hint}, or an index 0..{len(class_names) - 1}"
             )
+        if index not in chosen:
+            chosen.append(index)
     if not chosen:
         raise ConfigError("no class given; name some of " + ", ".join(class_names))
     return chosen
@@ -110,7 +112,7 @@ def choose_device(config: Config):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # runs a kernel, which a mere allocation would not
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -14,6 +14,9 @@ CLASS_NAMES = (
 )  # fmt: skip
 
 
+LARGEST_SEED = 2**63 - 1
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names it and the cure."""
 
@@ -180,6 +183,7 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "seed", "save_minutes", "max_skipped_steps",
                      "max_hours"):  # fmt: skip
             require_at_least(self, "train", name, 0)
+        require(self.seed <= LARGEST_SEED, f"train.seed must be at most {LARGEST_SEED}")
         for name in ("learning_rate", "grad_clip", "ema_rampup_ratio"):
             require(getattr(self, name) > 0, f"train.{name} must be above 0")
         for name in ("final_lr_fraction", "class_dropout_prob"):

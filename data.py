@@ -14,6 +14,7 @@ import pickle
 import shutil
 import socket
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -31,14 +32,19 @@ from pictograms import pictogram_dataset
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "test")
-# What PIL and zipfile raise for damaged pictures; PIL's PNG reader also uses SyntaxError.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, zlib.error, zipfile.BadZipFile,
-              Image.DecompressionBombError)  # fmt: skip
+# What PIL and zipfile raise for damaged pictures; PIL's PNG reader also uses SyntaxError, and
+# zipfile RuntimeError for what is encrypted or compressed in an unknown way.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
+              zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
+EXIF_ORIENTATION = 0x0112
+TEST_NAMES = ("test", "val", "valid", "validation")
 REPOSITORY_DATA = Path("data")
 SEARCH_PATH = (
     Path("/home/azureuser/Diffusion/data/cifar10-128x128"),
     REPOSITORY_DATA / "cifar10-128x128",
 )
+LABELS = {name: label for label, name in enumerate(CLASS_NAMES)}
+LABELS |= {f"class{label}": label for label in range(len(CLASS_NAMES))}
 HELD_OUT = 10  # without a test split, one picture in this many is held out of training
 PICTOGRAMS_PER_CLASS = 500
 PREPARED_VERSION = 1
@@ -130,7 +136,15 @@ def find_source(data_dir: str) -> Path | None:
         return path
     candidates = (*SEARCH_PATH, REPOSITORY_DATA / "cifar-10-python.tar.gz",
                   REPOSITORY_DATA / "cifar-10-batches-py")  # fmt: skip
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if holds_something(path)), None)
+
+
+def holds_something(path: Path) -> bool:
+    """Whether path is a file or a folder that is not empty; one that is closed to us is not."""
+    try:
+        return any(path.iterdir()) if path.is_dir() else path.exists()
+    except PermissionError:
+        return False
 
 
 def is_cifar_archive(path: Path) -> bool:
@@ -173,20 +187,33 @@ def list_pictures(source: Path) -> list[Picture]:
     if source.is_file():
         containers = [source]
     else:
-        for folder, subfolders, names in os.walk(source):
-            subfolders.sort()
+        visited = set()  # real folders: links are followed, but never in a circle
+        for folder, subfolders, names in os.walk(source, followlinks=True):
+            visited.add(os.path.realpath(folder))
+            subfolders[:] = [
+                name for name in sorted(subfolders)
+                if os.path.realpath(Path(folder, name)) not in visited
+            ]  # fmt: skip
             for name in names:
                 path = Path(folder, name)
                 place = locate(path.relative_to(source))
                 if place is not None:
-                    stat = path.stat()
-                    pictures.append(
-                        Picture(*place, str(path), stat.st_size, stat.st_mtime, path.read_bytes)
-                    )
+                    pictures.append(picture_file(path, place))
         containers = sorted(source.glob("*.zip"))
     for container in containers:
         pictures.extend(list_zip(container))
     return sorted(pictures, key=lambda picture: (picture.split, picture.label, picture.name))
+
+
+def picture_file(path: Path, place: tuple[str, int]) -> Picture:
+    if path.is_file():
+        stat = path.stat()
+        return Picture(*place, str(path), stat.st_size, stat.st_mtime, path.read_bytes)
+
+    def refuse() -> bytes:
+        raise OSError("a broken link, or no ordinary file")
+
+    return Picture(*place, str(path), 0, 0.0, refuse)
 
 
 def list_zip(container: Path) -> Iterator[Picture]:
@@ -195,7 +222,7 @@ def list_zip(container: Path) -> Iterator[Picture]:
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"{container} is not a readable zip file ({error})") from error
     for info in archive.infolist():
-        place = locate(Path(info.filename))
+        place = locate(Path(container.stem, info.filename))  # train.zip may hold a training set
         if place is not None:
             name = f"{container}:{info.filename}"
             changed = container.stat().st_mtime
@@ -204,16 +231,20 @@ def list_zip(container: Path) -> Iterator[Picture]:
 
 
 def locate(path: Path) -> tuple[str, int] | None:
-    """(split, label) of a picture from its path inside the source; None if it has no class."""
-    if path.suffix.lower() not in IMAGE_SUFFIXES or len(path.parts) < 2:
+    """(split, label) of a picture from its path inside the source; None if it has no class.
+
+    The innermost folder named after a class decides. Hidden files and what macOS adds to zips are
+    no pictures.
+    """
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
         return None
-    folder = path.parts[-2].lower()
-    by_index = {f"class{index}": index for index in range(len(CLASS_NAMES))}
-    label = CLASS_NAMES.index(folder) if folder in CLASS_NAMES else by_index.get(folder)
-    if label is None:
+    if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
         return None
-    splits = [part.lower() for part in path.parts[:-2] if part.lower() in SPLITS]
-    return (splits[-1] if splits else "", label)
+    folders = [part.lower() for part in path.parts[:-1]]
+    labels = [LABELS[folder] for folder in folders if folder in LABELS]
+    splits = ["test" if folder in TEST_NAMES else folder
+              for folder in folders if folder in (*SPLITS, *TEST_NAMES)]  # fmt: skip
+    return (splits[-1] if splits else "", labels[-1]) if labels else None
 
 
 def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Picture]]:
@@ -234,11 +265,10 @@ def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Pictu
             f"named like {missing[0]} or class{CLASS_NAMES.index(missing[0])}"
         )
     if not test:
-        seen = [0] * len(CLASS_NAMES)
-        for picture in train:
-            seen[picture.label] += 1
-            if seen[picture.label] % HELD_OUT == 0:
-                test.append(picture)
+        for label in range(len(CLASS_NAMES)):
+            of_class = [picture for picture in train if picture.label == label]
+            # Of fewer than ten the last one, unless it is the only one.
+            test += of_class[HELD_OUT - 1 :: HELD_OUT] or of_class[1:][-1:]
         held_out = {id(picture) for picture in test}
         train = [picture for picture in train if id(picture) not in held_out]
     return {"train": train, "test": test}
@@ -258,15 +288,15 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         return folder
     say(f"data: preparing {source} into {folder} (once)")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    unfinished.mkdir()
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
         if archive:
             skipped = write_published(read_published(archive), unfinished)
         else:
             skipped = write_pictures(assign_splits(pictures, source), data, unfinished, progress)
         write_info(unfinished, source, skipped, say)
-        unfinished.rename(folder)
+        if not folder.exists():  # another process may have been first
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -280,7 +310,7 @@ def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
     settings = [data.image_size, data.skip_unreadable, PREPARED_VERSION]
     digest.update(json.dumps([str(source.resolve()), archive, settings]).encode())
     for picture in pictures:
-        digest.update(f"{picture.name}\0{picture.size}\0{picture.changed}\n".encode())
+        digest.update(os.fsencode(f"{picture.name}\0{picture.size}\0{picture.changed}\n"))
     return digest.hexdigest()[:16]
 
 
@@ -359,7 +389,8 @@ def measure(picture: Picture) -> tuple[int, int] | str:
     """(width, height) from the header, or a sentence saying why it cannot be read."""
     try:
         with Image.open(io.BytesIO(picture.read())) as image:
-            return image.size
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter
+            return image.size[::-1] if turned else image.size
     except UNREADABLE as error:
         return f"{picture.name} ({error})"
 
@@ -368,7 +399,7 @@ def decode(picture: Picture, side: int) -> np.ndarray | str:
     """Pixels uint8 (3, side, side), or a sentence saying why the picture cannot be read."""
     try:
         with Image.open(io.BytesIO(picture.read())) as image:
-            rgb = image.convert("RGB")
+            rgb = to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as error:
         reason = str(error).replace("<_io.BytesIO object at ", "<")
         return f"{picture.name} ({reason})"
@@ -377,11 +408,25 @@ def decode(picture: Picture, side: int) -> np.ndarray | str:
     return np.asarray(rgb).transpose(2, 0, 1)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB: transparency over white, 16-bit grey in its 256 upper steps."""
+    if image.mode.startswith("I"):
+        upper_byte = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(upper_byte).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
 def write_info(folder: Path, source: Path, skipped: int, say: Callable[[str], None]) -> None:
     info = {"source": str(source), "skipped": skipped}
     for split in SPLITS:
         counts = np.bincount(np.load(folder / f"{split}_labels.npy"), minlength=len(CLASS_NAMES))
         info[split] = dict(zip(CLASS_NAMES, counts.tolist()))
+        lost = [name for name, count in info[split].items() if split == "train" and not count]
+        if lost:
+            raise DataError(f"{source}: no readable training picture of {', '.join(lost)} is left")
         listed = ", ".join(f"{name} {count}" for name, count in info[split].items())
         say(f"data: {split} {counts.sum()} pictures: {listed}")
     if skipped:
@@ -422,11 +467,9 @@ class TrainingBatches:
         self.device, self.seed, self.data = torch.device(device), seed, data
         self.images, self.labels = split.images, split.labels
         if self.device.type == "cuda":
+            self.labels = self.labels.to(self.device)
             if self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
                 self.images = self.images.to(self.device)
-            else:
-                self.images = self.images.pin_memory()
-            self.labels = self.labels.to(self.device)
         images_per_epoch = len(split) * data.repeats
         self.batch_size = min(batch_size, images_per_epoch)
         self.steps_per_epoch = images_per_epoch // self.batch_size
@@ -447,7 +490,7 @@ class TrainingBatches:
                 step += 1
 
     def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        images = self.images[index.to(self.images.device)].to(self.device, non_blocking=True)
+        images = self.images[index.to(self.images.device)].to(self.device)
         x_start = to_x_start(images, self.data.image_size)
         if self.data.horizontal_flip:
             # A third seed component keeps flips and epoch orders apart.

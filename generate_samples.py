@@ -86,8 +86,8 @@ def main() -> int:
     args = parse_arguments()
     count = parse_count("--samples", args.samples)
     first_seed = settings.parse_value("--seed", int, args.seed)
-    if first_seed < 0:
-        raise ConfigError(f"--seed must be at least 0, not {first_seed}")
+    if not 0 <= first_seed <= settings.LARGEST_SEED - count:
+        raise ConfigError(f"--seed must lie in 0..{settings.LARGEST_SEED}, not {first_seed}")
     path, state = open_checkpoint(args.checkpoint)
     config = apply_flags(settings.from_dict(state["config"]), args)
     class_names = tuple(state["class_names"])

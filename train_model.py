@@ -70,36 +70,40 @@ def parse_arguments():
 
 
 def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
-    """Preset plus overrides; what makes the model what it is comes from the saved run's config.
+    """The preset, or the config of the run to continue, plus overrides.
 
-    Raises ConfigError, listing the settings, where an override contradicts the saved run.
+    Raises ConfigError, listing the settings, where an override would make another model of the
+    saved run: its model, diffusion and data sections are fixed.
     """
-    config = settings.apply_overrides(settings.PRESETS[mode](), overrides)
+    preset = settings.PRESETS[mode]()
     if saved is None:
-        return config
-    kept = {"data.data_dir", "data.skip_unreadable"}  # may change without changing the model
+        return settings.apply_overrides(preset, overrides)
+    # These two belong to a session on a machine, not to the run.
+    session = {"train.device": preset.train.device, "train.max_hours": preset.train.max_hours}
+    config = settings.apply_overrides(saved, session | overrides)
+    free = {"data.data_dir", "data.skip_unreadable"}  # may change without changing the model
     ours, theirs = settings.flatten(config), settings.flatten(saved)
-    fixed = [
-        name for name in ours if name.split(".")[0] in ("model", "diffusion", "data")
-        and name not in kept
+    conflicts = [
+        name for name in overrides
+        if name.split(".")[0] in ("model", "diffusion", "data") and name not in free
+        and ours[name] != theirs[name]
     ]  # fmt: skip
-    conflicts = [name for name in overrides if name in fixed and ours[name] != theirs[name]]
     if conflicts:
         listed = ", ".join(f"{name} {theirs[name]} (now {ours[name]})" for name in conflicts)
         raise ConfigError(
             f"the run in {RUN_DIRECTORIES[mode]} was started with {listed}; drop the change to "
             "continue it, or start anew with --fresh (make: FRESH=1)"
         )
-    return settings.apply_overrides(config, {name: theirs[name] for name in fixed})
+    return config
 
 
-def load_data(config: Config, chosen: bool):
-    """(config, splits); without any data the small runs fall back to the pictograms, saying so."""
+def load_data(config: Config, may_fall_back: bool):
+    """(config, splits); without any data a small new run falls back to the pictograms, aloud."""
     arguments = {"seed": config.train.seed, "progress": progress, "say": say}
     try:
         return config, load_splits(config.data, **arguments)
     except DataError as error:
-        if config.mode == "full" or chosen or config.data.data_dir:
+        if config.mode == "full" or not may_fall_back or config.data.data_dir:
             raise
         say(str(error))
         say("falling back to the built-in pictograms")
@@ -120,22 +124,35 @@ def newest_checkpoint(mode: str, folder: Path) -> dict | None:
             f"no checkpoint in {folder} can be read; start anew with --fresh (make: FRESH=1)"
         )
     state = found[1] if found else None
+    if state and state["config"]["mode"] != mode:
+        raise CheckpointError(
+            f"{found[0]} belongs to a run of mode {state['config']['mode']}, not {mode}; move it "
+            "away or start anew with --fresh (make: FRESH=1)"
+        )
     if state and mode != "full" and state["step"] >= state["total_steps"]:
         return None
     return state
 
 
 def clear_away(mode: str, folder: Path) -> None:
-    """Make room for a new run: minutes of work are replaced, more is moved aside."""
+    """Make room for a new run: a demo or quick-test is replaced, any other run moved aside.
+
+    The lock stays, as does a run of another mode below the folder.
+    """
     if not list_checkpoints(folder):
         return
+    stays = {"run.lock", *(path.name for path in RUN_DIRECTORIES.values() if path != folder)}
+    entries = [entry for entry in folder.iterdir() if entry.name not in stays]
     if mode in ("quick-test", "demo"):
-        shutil.rmtree(folder)
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}_{number}")).exists():
         number += 1
-    folder.rename(aside)
+    aside.mkdir()
+    for entry in entries:
+        entry.rename(aside / entry.name)
     say(f"the earlier run was moved to {aside}")
 
 
@@ -190,21 +207,22 @@ def main() -> int:
     saved_config = settings.from_dict(saved["config"]) if saved else None
     config = resolve_config(args.mode, overrides, saved_config)
     device = choose_device(config)
-    config, splits = load_data(config, chosen="data.dataset" in overrides)
+    may_fall_back = saved is None and "data.dataset" not in overrides
+    config, splits = load_data(config, may_fall_back)
     run = Run(config, folder, splits, device, saved)
     engine = run.engine
     if engine.step >= engine.total_steps and not run.lacks_grid():
         say(f"the run in {folder} is complete ({engine.step} steps); EPOCHS= makes it longer, "
             "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
         return 0
-    if saved is None:
-        clear_away(args.mode, folder)
-
-    command = f"python train_model.py {shlex.join(sys.argv[1:])}"
+    again = [word for word in sys.argv[1:] if word != "--fresh"]
+    command = shlex.join([sys.executable, "train_model.py", *again])
     with TrainingMonitor(
         folder, mode=config.mode, device=str(device), total_steps=engine.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch, command=command,
     ) as monitor:  # fmt: skip
+        if saved is None:
+            clear_away(args.mode, folder)
         say(describe(run, device))
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
@@ -216,7 +234,9 @@ def main() -> int:
         with stopping_on_signals(engine) as received:
             complete = run.fit(monitor)
         if not complete:
-            say(f"stopped and saved at step {engine.step}; the same command continues: {command}")
+            hint = "it starts anew next time" if args.mode == "quick-test" else (
+                f"the same command without --fresh continues: {command}")  # fmt: skip
+            say(f"stopped and saved at step {engine.step}; {hint}")
             return 128 + received[0] if received else TIME_LIMIT_STATUS
         if config.mode == "overfit":
             return 0 if run.verdict() else 1

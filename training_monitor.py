@@ -18,8 +18,8 @@ from typing import TextIO
 RUN_DIRECTORIES = {
     "full": Path("checkpoints"),
     "overfit": Path("checkpoints_overfit"),
-    "quick-test": Path("checkpoints_overfit/quick-test"),
     "demo": Path("checkpoints_demo"),
+    "quick-test": Path("checkpoints_overfit/quick-test"),
 }  # in the order in which `make generate` looks for a checkpoint
 LINE_SECONDS = 10  # between progress lines where the output is not a terminal
 SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
@@ -81,11 +81,11 @@ def acquire_lock(folder: Path) -> TextIO:
 
 def owner(folder: Path) -> str:
     """Who runs there, from run.json, which a run of this instant may not have written yet."""
-    path = folder / "run.json"
-    if not path.exists():
+    try:
+        facts = json.loads((folder / "run.json").read_text())
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
+    except (FileNotFoundError, ValueError, KeyError):
         return "another process"
-    facts = json.loads(path.read_text())
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
     return f"process {facts['pid']} on {facts['host']} since {since}"
 
 
@@ -115,7 +115,6 @@ class TrainingMonitor:
     def __enter__(self) -> "TrainingMonitor":
         self.samples.mkdir(parents=True, exist_ok=True)
         self.lock = acquire_lock(self.folder)
-        write_json(self.folder / "run.json", self.facts)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -138,6 +137,8 @@ class TrainingMonitor:
 
         for stale in self.folder.rglob("*.tmp"):
             stale.unlink()
+        self.samples.mkdir(exist_ok=True)  # an earlier run's may have been moved aside
+        write_json(self.folder / "run.json", self.facts)
         write_json(self.folder / "config.json", config)
         kept = [record for record in read_metrics(self.folder) if record["step"] <= step]
         path = self.folder / "metrics.jsonl"

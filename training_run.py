@@ -52,8 +52,8 @@ def peak_memory_gib(device) -> float:
 def autocast_dtype(config: Config, device):
     """bf16 where it was asked for, or where the GPU has it; else None, which means float32."""
     precision = config.train.precision
-    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
+    if precision == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if precision == "bf16" else None
 
 
@@ -103,15 +103,15 @@ class Run:
 
     def sample(self, model, rows: int, num_inference_steps: int) -> Tensor:
         """Pictures (rows * classes, 3, H, W), classes taking turns; all of row r have seed r."""
-        settings, size = self.config.sample, self.config.data.image_size
+        options, size = self.config.sample, self.config.data.image_size
         sampler = DDPMSampler(
             self.scheduler, num_inference_steps=num_inference_steps,
-            guidance_scale=settings.guidance_scale, clip_x_start=settings.clip_x_start,
+            guidance_scale=options.guidance_scale, clip_x_start=options.clip_x_start,
         )  # fmt: skip
         labels = torch.arange(len(CLASS_NAMES), device=self.device).repeat(rows)
         seeds = [row for row in range(rows) for _ in CLASS_NAMES]
         return sampler.sample(
-            model, labels, (3, size, size), seeds, batch_size=settings.batch_size
+            model, labels, (3, size, size), seeds, batch_size=options.batch_size
         )
 
     def log(self, monitor: TrainingMonitor) -> None:

@@ -1,7 +1,7 @@
 """The cosine noise schedule: forward process, training targets and DDPM posterior.
 
-Timesteps are integers 0..T-1 and index 0 already carries one step of noise. All formulas are
-evaluated in float64 when the schedule is built and stored as float32 buffers.
+Timesteps are integers 0..T-1 and index 0 already carries one step of noise. The schedule is
+computed in float64 and stored as float32 buffers.
 """
 
 import math
@@ -81,6 +81,8 @@ class CosineNoiseScheduler(nn.Module):
             abar = shift_log_snr(abar, 2 * math.log(reference_size / image_size))
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         posterior_variance = posterior_coefficients(abar, abar_prev)[2]
+        # Sampling derives its coefficients from this one, where float32 would cost digits.
+        self.register_buffer("alphas_cumprod_float64", abar, False)
         tables = {
             "betas": 1 - abar / abar_prev,
             "alphas_cumprod": abar,

@@ -56,7 +56,7 @@ def ddpm_step(
     previous_timestep is the next kept, smaller timestep, or -1 for the clean image, which takes no
     noise. The alpha between the two is the ratio of their cumulative alphas.
     """
-    alphas_cumprod = scheduler.alphas_cumprod.double()
+    alphas_cumprod = scheduler.alphas_cumprod_float64
     abar_t = alphas_cumprod[timestep]
     abar_prev = alphas_cumprod[previous_timestep] if previous_timestep >= 0 else abar_t.new_ones(())
     x_start_coef, x_t_coef, variance = posterior_coefficients(abar_t, abar_prev)

@@ -374,7 +374,13 @@ class TrainingEngine:
         self.model.load_state_dict(state["model"])
         self.ema_model.load_state_dict(state["ema"])
         self._averaged.n_averaged.fill_(state["step"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # What belongs to this process's settings and device is not taken from the saved one.
+        groups = [
+            {**saved, "weight_decay": own["weight_decay"], "fused": own["fused"]}
+            for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups)
+        ]
+        saved_state = state["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": saved_state, "param_groups": groups})
         self.step, self.images_seen = state["step"], state["images_seen"]
         self.skipped_steps = state["skipped_steps"]
         for name, value in state["sums"].items():

@@ -51,7 +51,8 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels // 4 or 1), channels)
+    """At most 32 groups, of at least four channels where their number allows it."""
+    return nn.GroupNorm(math.gcd(32, channels // 4 or 1, channels), channels)
 
 
 class ResBlock(nn.Module):
@@ -82,7 +83,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int = 64):
         super().__init__()
-        self.num_heads = max(1, channels // head_channels)
+        wanted = max(1, channels // head_channels)
+        self.num_heads = max(n for n in range(1, wanted + 1) if channels % n == 0)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))

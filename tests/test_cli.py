@@ -1,6 +1,7 @@
 """The scripts as a user runs them: whole small runs, resuming, and every kind of bad input."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_interrupted_run_continues_to_the_same_weights(call, number):
             break
     rest = process.stdout.read()
     assert process.wait(60) == 128 + number, rest
-    assert "the same command continues: " in rest
+    assert "--fresh continues: " in rest and "--fresh" not in rest.split("continues: ")[1]
     state = json.loads(Path("checkpoints/run.json").read_text())
     assert state["state"] == "interrupted"
     status, said = call(train_model, *full)
@@ -161,6 +162,54 @@ def test_resume_refuses_what_would_be_another_model(call):
     )
     assert status == 1
     assert_one_sentence(said, "model.base_channels 16 (now 32)", "--fresh")
+
+
+def test_plain_command_continues_with_the_settings_of_the_run(call):
+    full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 3, "--batch-size", 5]
+    call(train_model, *full, "--train.max_hours", 1e-9)
+    status, said = call(train_model, "--full", "--train.weight_decay", 0.5)
+    assert status == 0 and "batch 5, 12 steps" in said and "continuing at step 1" in said
+    state = torch.load("checkpoints/checkpoint_00000012.pt", weights_only=True)
+    assert state["config"]["train"]["weight_decay"] == 0.5
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_continuing_never_changes_the_data(call, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    import data
+
+    monkeypatch.setattr(data, "SEARCH_PATH", ())
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
+    overfit = ["--overfit", *TINY, "--train.max_hours", 1e-9]
+    pictures = Path("pictures")
+    for name in CLASS_NAMES:
+        (pictures / name).mkdir(parents=True)
+        for index in range(2):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(pictures / name / f"{index}.png")
+    assert call(train_model, *overfit, "--data-dir", pictures)[0] == 75
+    assert call(train_model, *overfit)[0] == 75  # finds them again by itself
+    shutil.rmtree(pictures)
+    status, said = call(train_model, *overfit)
+    assert status == 1
+    assert_one_sentence(said, "DATA_DIR pictures does not exist")
+
+
+def test_checkpoint_of_another_mode_is_not_continued(call):
+    call(train_model, "--overfit", *PICTOGRAMS, "--train.max_hours", 1e-9)
+    Path("checkpoints").mkdir()
+    shutil.copy("checkpoints_overfit/checkpoint_00000001.pt", "checkpoints")
+    status, said = call(train_model, "--full")
+    assert status == 1
+    assert_one_sentence(said, "mode overfit, not full")
+
+
+def test_new_overfit_run_leaves_a_quick_test_where_it_is(call):
+    call(train_model, *QUICK)
+    call(train_model, "--overfit", *PICTOGRAMS, "--train.max_hours", 1e-9)
+    call(train_model, "--overfit", *PICTOGRAMS, "--train.max_hours", 1e-9, "--fresh")
+    assert Path("checkpoints_overfit_1/checkpoint_00000001.pt").exists()
+    assert Path("checkpoints_overfit/quick-test/checkpoint_00000010.pt").exists()
 
 
 def test_second_run_in_a_directory_is_refused(call):
@@ -205,6 +254,8 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
         (["--full", "--train.epochs", "many"], ["train.epochs", "whole number"]),
         (["--full", "--device", "cuda:99"], ["cuda:99", "gpu-status"]),
         (["--full", "--device", "tpu"], ["tpu"]),
+        (["--full", "--device", "meta"], ["meta"]),
+        (["--full", "--seed", "99999999999999999999"], ["train.seed", "at most"]),
         (["--full", "--overfit"], ["not allowed"]),
         ([], ["required"]),
         (["--full", "extra"], ["extra"]),

@@ -164,6 +164,80 @@ def test_large_and_odd_pictures_become_squares_of_the_image_size(tmp_path):
     assert (cats[1] == 7).all()
 
 
+def encoded(image: Image.Image, kind="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_odd_modes_become_what_a_viewer_shows(tmp_path):
+    files = class_tree()
+    clear = Image.new("RGBA", (8, 8), (0, 255, 0, 0))  # green that nobody sees
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0] * 256)
+    ramp = np.full((8, 8), 128 * 256, np.uint16)
+    tall = Image.new("RGB", (8, 8), (10, 10, 10))
+    tall.paste((200, 200, 200), (0, 0, 8, 4))  # light above, which the tag turns to the right
+    exif = Image.Exif()
+    exif[data.EXIF_ORIENTATION] = 6
+    files["train/cat/picture 0.png"] = encoded(clear)
+    files["train/cat/picture 1.png"] = encoded(palette, transparency=0)
+    files["train/cat/picture 2.png"] = encoded(Image.fromarray(ramp))
+    files["train/cat/turned.png"] = encoded(tall, exif=exif)
+    splits, _ = load(data_dir=str(write_tree(tmp_path / "pictures", files)))
+    cats = splits["train"].images[splits["train"].labels == CLASS_NAMES.index("cat")]
+    assert (cats[0] == 255).all() and (cats[1] == 255).all() and (cats[2] == 128).all()
+    assert (cats[3, :, :, :4] == 10).all() and (cats[3, :, :, 4:] == 200).all()
+
+
+def test_zips_named_by_split_and_folders_named_val(tmp_path):
+    files = class_tree(counts=(("", 3),))
+    for name in ("train.zip", "test.zip"):
+        write_zip(tmp_path / "zips" / name, files)
+    splits, _ = load(data_dir=str(tmp_path / "zips"))
+    assert (len(splits["train"]), len(splits["test"])) == (30, 30)
+    renamed = {name.replace("test/", "val/"): c for name, c in class_tree().items()}
+    assert_small_source(load(data_dir=str(write_tree(tmp_path / "val", renamed)))[0])
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    real = write_tree(tmp_path / "real", class_tree())
+    source = tmp_path / "linked"
+    source.mkdir()
+    (source / "train").symlink_to(real / "train")
+    (source / "test").symlink_to(real / "test")
+    (real / "train" / "cat" / "loop").symlink_to(real / "train")
+    assert_small_source(load(data_dir=str(source))[0])
+    (real / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="gone.png .a broken link"):
+        load(data_dir=str(source))
+
+
+def test_names_of_any_kind_and_what_macos_adds(tmp_path):
+    files = class_tree()
+    files["__MACOSX/train/cat/._0.png"] = b"resource fork"
+    files["train/cat/.hidden.png"] = b"no picture"
+    write_zip(tmp_path / "zips" / "all.zip", files)
+    assert_small_source(load(data_dir=str(tmp_path / "zips"))[0])
+    odd = os.fsdecode(b"it's a \n \xff \xc3\xa9.png")
+    files = class_tree() | {f"train/cat/{odd}": png((1, 2, 3))}
+    splits, _ = load(data_dir=str(write_tree(tmp_path / "a 'b' \u00e9", files)))
+    assert len(splits["train"]) == 31
+
+
+def test_a_class_without_a_readable_picture_stops_even_when_skipping(tmp_path):
+    files = {name: b"x" if "train/frog" in name else c for name, c in class_tree().items()}
+    with pytest.raises(DataError, match="no readable training picture of frog"):
+        load(data_dir=str(write_tree(tmp_path / "pictures", files)), skip_unreadable=True)
+    assert not list((tmp_path / "data" / "prepared").iterdir())
+
+
+def test_few_pictures_without_a_split_hold_out_one_per_class(tmp_path):
+    source = write_tree(tmp_path / "pictures", class_tree(counts=(("", 3),)))
+    splits, _ = load(data_dir=str(source))
+    assert (len(splits["train"]), len(splits["test"])) == (20, 10)
+
+
 @pytest.mark.parametrize(
     "name, content, word",
     [

@@ -164,7 +164,7 @@ def test_no_run_says_what_to_type(tmp_path):
 def test_runs_come_in_order_and_quick_test_does_not_make_an_overfit_run(tmp_path):
     for mode in ("demo", "quick-test", "full"):
         write_run(tmp_path, mode, state="finished", ended=NOW)
-    assert [run.mode for run in run_status.find_runs(tmp_path)] == ["full", "quick-test", "demo"]
+    assert [run.mode for run in run_status.find_runs(tmp_path)] == ["full", "demo", "quick-test"]
 
 
 def test_numbers_of_the_status(tmp_path):

@@ -118,7 +118,7 @@ def test_alphas_between_kept_timesteps_multiply_to_alphas_cumprod(schedule, step
     by sqrt(alpha) (1 - abar_prev) / (1 - abar_t).
     """
     scheduler = schedule(1000)
-    abar = scheduler.alphas_cumprod.double().tolist()
+    abar = scheduler.alphas_cumprod_float64.tolist()
     kept = DDPMSampler(scheduler, num_inference_steps=steps).timesteps
     product = abar[kept[-1]]  # the last step goes from there to the clean image
     one = torch.ones(1, 1, 1, 1)

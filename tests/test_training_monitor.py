@@ -41,7 +41,8 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
     "error, state", [(KeyboardInterrupt, "interrupted"), (ValueError, "failed")]
 )
 def test_how_a_run_ended_is_noted(tmp_path, error, state):
-    with pytest.raises(error), TrainingMonitor(tmp_path, **FACTS):
+    with pytest.raises(error), TrainingMonitor(tmp_path, **FACTS) as monitor:
+        monitor.begin(0, {})
         assert json.loads((tmp_path / "run.json").read_text())["state"] == "running"
         raise error
     facts = json.loads((tmp_path / "run.json").read_text())
@@ -51,8 +52,8 @@ def test_how_a_run_ended_is_noted(tmp_path, error, state):
 def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
     code = (
         "import sys, time; from training_monitor import TrainingMonitor\n"
-        f"with TrainingMonitor({str(tmp_path)!r}, **{FACTS!r}):\n"
-        "    print('ready', flush=True); time.sleep(60)"
+        f"with TrainingMonitor({str(tmp_path)!r}, **{FACTS!r}) as monitor:\n"
+        "    monitor.begin(0, {}); print('ready', flush=True); time.sleep(60)"
     )
     root = Path(training_monitor.__file__).parent
     other = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE)

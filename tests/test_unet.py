@@ -189,3 +189,10 @@ def test_defaults_agree_with_the_config():
     defaults = {name: p.default for name, p in inspect.signature(UNet).parameters.items()}
     config = vars(ModelConfig())
     assert {name: defaults[name] for name in config} == config
+
+
+@pytest.mark.parametrize("base_channels", [1, 18, 50, 56, 100, 129])
+def test_unusual_widths_work(tiny_model, base_channels):
+    model = tiny_model(base_channels=base_channels, channel_mult=(1, 2))
+    x_t = torch.randn(2, 3, 16, 16)
+    assert model(x_t, torch.tensor([0, 5]), torch.tensor([1, 2])).shape == x_t.shape
