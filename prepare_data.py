@@ -1,9 +1,9 @@
 """Find or download CIFAR-10, check it and prepare it for training (`make data`)."""
 
 import config as settings
+from cifar10 import DataError, prepare
 from command_line import Parser, add_config_flags, config_overrides, exit_with
 from config import ConfigError
-from data import DataError, prepare
 from training_monitor import progress, say
 
 USER_ERRORS = (ConfigError, DataError)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import config as settings
+from cifar10 import DataError
 from command_line import (
     Parser,
     add_config_flags,
@@ -33,7 +34,7 @@ from conditional_diffusion.checkpoint import (
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.training_engine import TrainingDiverged
 from config import Config, ConfigError
-from data import DataError, load_splits
+from data import load_splits
 from training_monitor import (
     RUN_DIRECTORIES,
     RunInUse,

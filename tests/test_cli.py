@@ -177,9 +177,9 @@ def test_plain_command_continues_with_the_settings_of_the_run(call):
 def test_continuing_never_changes_the_data(call, monkeypatch):
     from torchvision.datasets import CIFAR10
 
-    import data
+    import cifar10
 
-    monkeypatch.setattr(data, "SEARCH_PATH", ())
+    monkeypatch.setattr(cifar10, "SEARCH_PATH", ())
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
     overfit = ["--overfit", *TINY, "--train.max_hours", 1e-9]
     pictures = Path("pictures")
@@ -229,9 +229,9 @@ def test_second_run_in_a_directory_is_refused(call):
 def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch):
     from torchvision.datasets import CIFAR10
 
-    import data
+    import cifar10
 
-    monkeypatch.setattr(data, "SEARCH_PATH", ())
+    monkeypatch.setattr(cifar10, "SEARCH_PATH", ())
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
     status, said = call(train_model, "--full", *TINY)
     assert status == 1

@@ -16,9 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+import cifar10
 import data
+from cifar10 import DataError
 from config import CLASS_NAMES, DataConfig
-from data import DataError, Split, TrainingBatches
+from data import Split, TrainingBatches
 
 REAL_DATA = os.environ.get("TEST_DATA_DIR", "")
 CONFIG = DataConfig(image_size=16)
@@ -28,7 +30,7 @@ CONFIG = DataConfig(image_size=16)
 def own_directory(tmp_path, monkeypatch):
     """Prepared data land in a directory of the test's own; the search path is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "SEARCH_PATH", (Path("data/cifar10-128x128"),))
+    monkeypatch.setattr(cifar10, "SEARCH_PATH", (Path("data/cifar10-128x128"),))
 
 
 def png(color, size=(8, 8), mode="RGB") -> bytes:
@@ -130,7 +132,7 @@ def test_prepared_once_and_again_when_the_source_changes(tmp_path, monkeypatch):
     source = write_tree(tmp_path / "pictures", class_tree())
     load(data_dir=str(source))
     with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", None)  # a second preparation would need it
+        patch.setattr(cifar10, "decode", None)  # a second preparation would need it
         splits, said = load(data_dir=str(source))
     assert_small_source(splits)
     assert "prepared in" in said[0]
@@ -141,7 +143,7 @@ def test_prepared_once_and_again_when_the_source_changes(tmp_path, monkeypatch):
 def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
     source = write_tree(tmp_path / "pictures", class_tree())
     with monkeypatch.context() as patch:
-        patch.setattr(data, "write_info", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(cifar10, "write_info", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(data_dir=str(source))
     assert list((tmp_path / "data" / "prepared").iterdir()) == []
@@ -179,7 +181,7 @@ def test_odd_modes_become_what_a_viewer_shows(tmp_path):
     tall = Image.new("RGB", (8, 8), (10, 10, 10))
     tall.paste((200, 200, 200), (0, 0, 8, 4))  # light above, which the tag turns to the right
     exif = Image.Exif()
-    exif[data.EXIF_ORIENTATION] = 6
+    exif[cifar10.EXIF_ORIENTATION] = 6
     files["train/cat/picture 0.png"] = encoded(clear)
     files["train/cat/picture 1.png"] = encoded(palette, transparency=0)
     files["train/cat/picture 2.png"] = encoded(Image.fromarray(ramp))

@@ -1,0 +1,383 @@
+"""CIFAR-10 on disk: find it, fetch it, check it and prepare it once.
+
+Prepared data are uint8 arrays under data/prepared/, one folder per source, written atomically and
+reused. Pictures smaller than the model's image size are stored as they are and enlarged per batch
+on the device (bicubic), which takes a sixteenth of the memory for the 32-pixel originals; larger
+ones are cropped to their central square and reduced once (Lanczos).
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import socket
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from config import CLASS_NAMES, DataConfig
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SPLITS = ("train", "test")
+# What PIL and zipfile raise for damaged pictures; PIL's PNG reader also uses SyntaxError, and
+# zipfile RuntimeError for what is encrypted or compressed in an unknown way.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
+              zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
+EXIF_ORIENTATION = 0x0112
+TEST_NAMES = ("test", "val", "valid", "validation")
+REPOSITORY_DATA = Path("data")
+SEARCH_PATH = (
+    Path("/home/azureuser/Diffusion/data/cifar10-128x128"),
+    REPOSITORY_DATA / "cifar10-128x128",
+)
+LABELS = {name: label for label, name in enumerate(CLASS_NAMES)}
+LABELS |= {f"class{label}": label for label in range(len(CLASS_NAMES))}
+HELD_OUT = 10  # without a test split, one picture in this many is held out of training
+PREPARED_VERSION = 1
+CONNECTION_SECONDS = 30  # without an answer from the server, after which there is no network
+THREE_WAYS = (
+    "no CIFAR-10 was found. Three ways to get it: (1) set DATA_DIR to a folder or zip with one "
+    "folder of pictures per class; (2) put cifar-10-python.tar.gz into data/; (3) run `make data` "
+    "on a machine with internet access. `DATASET=pictograms` trains on the built-in pictograms."
+)
+
+Progress = Callable[[Iterable, int, str], Iterable]  # (items, total, what) -> the same items
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message names the file and the cure."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture file of a source: where it belongs and how to read it."""
+
+    split: str  # "train", "test", or "" where the source has no splits
+    label: int
+    name: str
+    size: int  # bytes
+    changed: float  # modification time, to notice that a source has changed
+    read: Callable[[], bytes]
+
+
+# ---- finding -------------------------------------------------------------------------------------
+
+
+def find_source(data_dir: str) -> Path | None:
+    """The first place that has pictures: data_dir alone where it is given, else the search path.
+
+    Returns None where nothing is found, so that the caller may download. A data_dir that was
+    asked for and cannot be used is a DataError.
+    """
+    if data_dir:
+        path = Path(data_dir).expanduser()
+        if not path.exists():
+            raise DataError(f"DATA_DIR {data_dir} does not exist; check the path")
+        return path
+    candidates = (*SEARCH_PATH, REPOSITORY_DATA / "cifar-10-python.tar.gz",
+                  REPOSITORY_DATA / "cifar-10-batches-py")  # fmt: skip
+    return next((path for path in candidates if holds_something(path)), None)
+
+
+def holds_something(path: Path) -> bool:
+    """Whether path is a file or a folder that is not empty; one that is closed to us is not."""
+    try:
+        return any(path.iterdir()) if path.is_dir() else path.exists()
+    except PermissionError:
+        return False
+
+
+def is_cifar_archive(path: Path) -> bool:
+    """Whether path is CIFAR-10 as its authors publish it: the tar file or its unpacked folder."""
+    return path.name.endswith((".tar.gz", ".tgz")) or (path / "data_batch_1").exists()
+
+
+def published_archive(path: Path) -> Path | None:
+    """The authors' archive at path or directly inside it, or None."""
+    inside = (path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py")
+    return next((place for place in (path, *inside) if place.exists() and is_cifar_archive(place)),
+                None)  # fmt: skip
+
+
+def download(root: Path) -> Path:
+    """Fetch CIFAR-10's archive into root with its checksum verified, and return its path."""
+    # Imported here because torchvision takes a second that only a download needs.
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
+
+    # A broken or interrupted download must not be taken for the archive next time.
+    unfinished = root / "unfinished_download"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECTION_SECONDS)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        download_url(CIFAR10.url, unfinished, CIFAR10.filename, CIFAR10.tgz_md5)
+        os.replace(unfinished / CIFAR10.filename, root / CIFAR10.filename)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{THREE_WAYS} (The download failed: {error})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return root / CIFAR10.filename
+
+
+def list_pictures(source: Path) -> list[Picture]:
+    """Every picture under a folder or zip whose folder is named after a class, sorted by name."""
+    pictures: list[Picture] = []
+    if source.is_file():
+        containers = [source]
+    else:
+        visited = set()  # real folders: links are followed, but never in a circle
+        for folder, subfolders, names in os.walk(source, followlinks=True):
+            visited.add(os.path.realpath(folder))
+            subfolders[:] = [
+                name for name in sorted(subfolders)
+                if os.path.realpath(Path(folder, name)) not in visited
+            ]  # fmt: skip
+            for name in names:
+                path = Path(folder, name)
+                place = locate(path.relative_to(source))
+                if place is not None:
+                    pictures.append(picture_file(path, place))
+        containers = sorted(source.glob("*.zip"))
+    for container in containers:
+        pictures.extend(list_zip(container))
+    return sorted(pictures, key=lambda picture: (picture.split, picture.label, picture.name))
+
+
+def picture_file(path: Path, place: tuple[str, int]) -> Picture:
+    if path.is_file():
+        stat = path.stat()
+        return Picture(*place, str(path), stat.st_size, stat.st_mtime, path.read_bytes)
+
+    def refuse() -> bytes:
+        raise OSError("a broken link, or no ordinary file")
+
+    return Picture(*place, str(path), 0, 0.0, refuse)
+
+
+def list_zip(container: Path) -> Iterator[Picture]:
+    try:
+        archive = zipfile.ZipFile(container)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{container} is not a readable zip file ({error})") from error
+    for info in archive.infolist():
+        place = locate(Path(container.stem, info.filename))  # train.zip may hold a training set
+        if place is not None:
+            name = f"{container}:{info.filename}"
+            changed = container.stat().st_mtime
+            read = lambda info=info: archive.read(info)  # noqa: E731
+            yield Picture(*place, name, info.file_size, changed, read)
+
+
+def locate(path: Path) -> tuple[str, int] | None:
+    """(split, label) of a picture from its path inside the source; None if it has no class.
+
+    The innermost folder named after a class decides. Hidden files and what macOS adds to zips are
+    no pictures.
+    """
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return None
+    if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+        return None
+    folders = [part.lower() for part in path.parts[:-1]]
+    labels = [LABELS[folder] for folder in folders if folder in LABELS]
+    splits = ["test" if folder in TEST_NAMES else folder
+              for folder in folders if folder in (*SPLITS, *TEST_NAMES)]  # fmt: skip
+    return (splits[-1] if splits else "", labels[-1]) if labels else None
+
+
+def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Picture]]:
+    """Pictures by split, every class present in training; without a test split, some held out."""
+    train = [picture for picture in pictures if picture.split != "test"]
+    test = [picture for picture in pictures if picture.split == "test"]
+    if not pictures:
+        raise DataError(
+            f"{source} holds no pictures in folders named by class ({CLASS_NAMES[0]}, ... or "
+            f"class0 ... class{len(CLASS_NAMES) - 1}); accepted: {', '.join(IMAGE_SUFFIXES)}, zips"
+        )
+    missing = [
+        name for label, name in enumerate(CLASS_NAMES) if all(p.label != label for p in train)
+    ]
+    if missing:
+        raise DataError(
+            f"{source} has no training pictures of {', '.join(missing)}; each class needs a folder "
+            f"named like {missing[0]} or class{CLASS_NAMES.index(missing[0])}"
+        )
+    if not test:
+        for label in range(len(CLASS_NAMES)):
+            of_class = [picture for picture in train if picture.label == label]
+            # Of fewer than ten the last one, unless it is the only one.
+            test += of_class[HELD_OUT - 1 :: HELD_OUT] or of_class[1:][-1:]
+        held_out = {id(picture) for picture in test}
+        train = [picture for picture in train if id(picture) not in held_out]
+    return {"train": train, "test": test}
+
+
+# ---- preparing -----------------------------------------------------------------------------------
+
+
+def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None]) -> Path:
+    """The folder of checked uint8 arrays for `data`, made now unless it is there already."""
+    source = find_source(data.data_dir) or download(REPOSITORY_DATA)
+    archive = published_archive(source)
+    pictures = [] if archive else list_pictures(source)
+    folder = REPOSITORY_DATA / "prepared" / fingerprint(archive or source, pictures, data)
+    if (folder / "info.json").exists():
+        say(f"data: {source}, prepared in {folder}")
+        return folder
+    say(f"data: preparing {source} into {folder} (once)")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    try:
+        if archive:
+            skipped = write_published(read_published(archive), unfinished)
+        else:
+            skipped = write_pictures(assign_splits(pictures, source), data, unfinished, progress)
+        write_info(unfinished, source, skipped, say)
+        if not folder.exists():  # another process may have been first
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
+    """Changes when the source, any of its files or a setting that shapes the arrays changes."""
+    digest = hashlib.sha256()
+    stat = source.stat()
+    archive = [] if pictures else [stat.st_size, stat.st_mtime]
+    settings = [data.image_size, data.skip_unreadable, PREPARED_VERSION]
+    digest.update(json.dumps([str(source.resolve()), archive, settings]).encode())
+    for picture in pictures:
+        digest.update(os.fsencode(f"{picture.name}\0{picture.size}\0{picture.changed}\n"))
+    return digest.hexdigest()[:16]
+
+
+def read_published(archive: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Arrays of the authors' archive, each member checked against its published checksum."""
+    from torchvision.datasets import CIFAR10
+
+    splits = {}
+    for split, members in (("train", CIFAR10.train_list), ("test", CIFAR10.test_list)):
+        images, labels = [], []
+        for name, md5 in members:
+            content = read_member(archive, name)
+            if hashlib.md5(content).hexdigest() != md5:
+                raise DataError(f"{archive}: {name} is damaged (wrong checksum); fetch it again")
+            batch = pickle.loads(content, encoding="latin1")  # known content: checksum verified
+            images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+            labels.extend(batch["labels"])
+        splits[split] = (np.concatenate(images), np.asarray(labels, dtype=np.int64))
+    return splits
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    try:
+        if archive.is_dir():
+            return (archive / name).read_bytes()
+        with tarfile.open(archive) as tar:
+            return tar.extractfile(f"cifar-10-batches-py/{name}").read()
+    except (OSError, KeyError, EOFError, tarfile.TarError) as error:
+        raise DataError(f"{archive}: cannot read {name} ({error}); fetch it again") from error
+
+
+def write_published(splits: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> int:
+    for split, (images, labels) in splits.items():
+        np.save(folder / f"{split}_images.npy", images)
+        np.save(folder / f"{split}_labels.npy", labels)
+    return 0
+
+
+def write_pictures(
+    splits: dict[str, list[Picture]], data: DataConfig, folder: Path, progress: Progress
+) -> int:
+    """Decode every picture into one array per split; returns how many were skipped."""
+    everything = [picture for split in SPLITS for picture in splits[split]]
+    # One thread: decoding 32-pixel pictures in several is slower, the interpreter lock passing
+    # between them costs more than the work.
+    sizes = {measure(picture) for picture in progress(everything, len(everything), "checking")}
+    good = [size for size in sizes if isinstance(size, tuple)]
+    # Enlarging waits for the device if all pictures are equal squares no larger than needed.
+    keep_size = len(good) == 1 and good[0][0] == good[0][1] <= data.image_size
+    side = good[0][0] if keep_size else data.image_size
+
+    failures: list[str] = []
+    decoded = (decode(picture, side) for picture in everything)
+    decoded = iter(progress(decoded, len(everything), "decoding"))
+    for split in SPLITS:
+        images = np.empty((len(splits[split]), 3, side, side), np.uint8)
+        labels = []
+        for picture, pixels in zip(splits[split], decoded):
+            if isinstance(pixels, str):
+                failures.append(pixels)
+                continue
+            images[len(labels)] = pixels
+            labels.append(picture.label)
+        np.save(folder / f"{split}_images.npy", images[: len(labels)])
+        np.save(folder / f"{split}_labels.npy", np.asarray(labels, dtype=np.int64))
+    if failures and not data.skip_unreadable:
+        listed = "; ".join(failures[:10]) + ("; ..." if len(failures) > 10 else "")
+        raise DataError(
+            f"{len(failures)} of {len(everything)} pictures cannot be read: {listed}. Replace or "
+            "remove them, or leave them out with --data.skip_unreadable true"
+        )
+    return len(failures)
+
+
+def measure(picture: Picture) -> tuple[int, int] | str:
+    """(width, height) from the header, or a sentence saying why it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(picture.read())) as image:
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter
+            return image.size[::-1] if turned else image.size
+    except UNREADABLE as error:
+        return f"{picture.name} ({error})"
+
+
+def decode(picture: Picture, side: int) -> np.ndarray | str:
+    """Pixels uint8 (3, side, side), or a sentence saying why the picture cannot be read."""
+    try:
+        with Image.open(io.BytesIO(picture.read())) as image:
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+    except UNREADABLE as error:
+        reason = str(error).replace("<_io.BytesIO object at ", "<")
+        return f"{picture.name} ({reason})"
+    if rgb.size != (side, side):
+        rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB: transparency over white, 16-bit grey in its 256 upper steps."""
+    if image.mode.startswith("I"):
+        upper_byte = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(upper_byte).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def write_info(folder: Path, source: Path, skipped: int, say: Callable[[str], None]) -> None:
+    info = {"source": str(source), "skipped": skipped}
+    for split in SPLITS:
+        counts = np.bincount(np.load(folder / f"{split}_labels.npy"), minlength=len(CLASS_NAMES))
+        info[split] = dict(zip(CLASS_NAMES, counts.tolist()))
+        lost = [name for name, count in info[split].items() if split == "train" and not count]
+        if lost:
+            raise DataError(f"{source}: no readable training picture of {', '.join(lost)} is left")
+        listed = ", ".join(f"{name} {count}" for name, count in info[split].items())
+        say(f"data: {split} {counts.sum()} pictures: {listed}")
+    if skipped:
+        say(f"data: {skipped} unreadable pictures were left out")
+    (folder / "info.json").write_text(json.dumps(info, indent=1))
