@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from config import CLASS_NAMES, DataConfig
 
@@ -306,7 +306,7 @@ def write_pictures(
     # One thread: decoding 32-pixel pictures in several is slower, the interpreter lock passing
     # between them costs more than the work.
     sizes = {measure(picture) for picture in progress(everything, len(everything), "checking")}
-    good = [size for size in sizes if isinstance(size, tuple)]
+    good = [size for size in sizes if size is not None]
     # Enlarging waits for the device if all pictures are equal squares no larger than needed.
     keep_size = len(good) == 1 and good[0][0] == good[0][1] <= data.image_size
     side = good[0][0] if keep_size else data.image_size
@@ -334,14 +334,14 @@ def write_pictures(
     return len(failures)
 
 
-def measure(picture: Picture) -> tuple[int, int] | str:
-    """(width, height) from the header, or a sentence saying why it cannot be read."""
+def measure(picture: Picture) -> tuple[int, int] | None:
+    """(width, height) from the header, or None if it cannot be read."""
     try:
         with Image.open(io.BytesIO(picture.read())) as image:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter
             return image.size[::-1] if turned else image.size
-    except UNREADABLE as error:
-        return f"{picture.name} ({error})"
+    except UNREADABLE:
+        return None
 
 
 def decode(picture: Picture, side: int) -> np.ndarray | str:
@@ -349,16 +349,17 @@ def decode(picture: Picture, side: int) -> np.ndarray | str:
     try:
         with Image.open(io.BytesIO(picture.read())) as image:
             rgb = to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        return f"{picture.name} (not a picture)"
     except UNREADABLE as error:
-        reason = str(error).replace("<_io.BytesIO object at ", "<")
-        return f"{picture.name} ({reason})"
+        return f"{picture.name} ({error})"
     if rgb.size != (side, side):
         rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
     return np.asarray(rgb).transpose(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB: transparency over white, 16-bit grey in its 256 upper steps."""
+    """Any mode as RGB: transparency over white, 16-bit grey by its upper byte."""
     if image.mode.startswith("I"):
         upper_byte = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(upper_byte).convert("RGB")

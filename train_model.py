@@ -74,7 +74,7 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     """The preset, or the config of the run to continue, plus overrides.
 
     Raises ConfigError, listing the settings, where an override would make another model of the
-    saved run: its model, diffusion and data sections are fixed.
+    saved run: its model, diffusion and data sections and its seed are fixed.
     """
     preset = settings.PRESETS[mode]()
     if saved is None:
@@ -86,9 +86,9 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     ours, theirs = settings.flatten(config), settings.flatten(saved)
     conflicts = [
         name for name in overrides
-        if name.split(".")[0] in ("model", "diffusion", "data") and name not in free
-        and ours[name] != theirs[name]
+        if name.split(".")[0] in ("model", "diffusion", "data") or name == "train.seed"
     ]  # fmt: skip
+    conflicts = [name for name in conflicts if name not in free and ours[name] != theirs[name]]
     if conflicts:
         listed = ", ".join(f"{name} {theirs[name]} (now {ours[name]})" for name in conflicts)
         raise ConfigError(

@@ -162,6 +162,7 @@ def test_resume_refuses_what_would_be_another_model(call):
     )
     assert status == 1
     assert_one_sentence(said, "model.base_channels 16 (now 32)", "--fresh")
+    assert_one_sentence(call(train_model, "--full", "--seed", 1)[1], "train.seed 0 (now 1)")
 
 
 def test_plain_command_continues_with_the_settings_of_the_run(call):
