@@ -82,18 +82,18 @@ class CosineNoiseScheduler(nn.Module):
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         posterior_variance = posterior_coefficients(abar, abar_prev)[2]
         # Sampling derives its coefficients from this one, where float32 would cost digits.
-        self.register_buffer("alphas_cumprod_float64", abar, False)
+        self.register_buffer("alphas_cumprod_float64", abar, persistent=False)
         tables = {
             "betas": 1 - abar / abar_prev,
             "alphas_cumprod": abar,
             "sqrt_alphas_cumprod": abar.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
-            "snr": abar / (1 - abar),
+            "snr_table": abar / (1 - abar),
             "posterior_variance": posterior_variance,
         }
         for name, table in tables.items():
             # Derived from the config, hence not part of a checkpoint.
-            self.register_buffer(f"{name}_table" if name == "snr" else name, table.float(), False)
+            self.register_buffer(name, table.float(), persistent=False)
 
     def _at(self, table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
         """Entries of a (T,) table at timesteps (B,), shaped (B, 1, ..., 1) to broadcast."""
