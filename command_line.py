@@ -1,21 +1,29 @@
 """What the scripts share: flags for every setting, errors in one sentence, the device."""
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import config as settings
 from config import CLASS_NAMES, Config, ConfigError
 
 # Flags for the common choices, beside the full names that every setting has.
-SHORT_FLAGS = {
+TRAINING_FLAGS = {
     "--data-dir": "data.data_dir",
     "--dataset": "data.dataset",
     "--epochs": "train.epochs",
     "--batch-size": "train.batch_size",
     "--seed": "train.seed",
     "--device": "train.device",
+}
+SAMPLING_FLAGS = {
+    "--sampler": "sample.sampler",
+    "--steps": "sample.num_inference_steps",
+    "--guidance": "sample.guidance_scale",
+    "--batch-size": "sample.batch_size",
 }
 
 
@@ -50,18 +58,22 @@ def nearest_flag(word: str, flags: list[str]) -> str:
     return "`--help` lists what there is" if close.startswith("valid:") else close
 
 
-def add_config_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...]) -> None:
+def add_config_flags(
+    parser: argparse.ArgumentParser,
+    sections: tuple[str, ...],
+    short_flags: dict[str, str] = TRAINING_FLAGS,
+) -> None:
     """One flag per setting of these sections, `--train.epochs 3`, plus the short forms."""
     for section in sections:
         group = parser.add_argument_group(f"{section} settings")
         for name, field in settings.OPTIONS.items():
             if not name.startswith(f"{section}."):
                 continue
-            short = [flag for flag, full in SHORT_FLAGS.items() if full == name]
-            kind = getattr(field.type, "__name__", str(field.type))
-            default = field.default
+            short = [flag for flag, full in short_flags.items() if full == name]
+            kind, default = field.type.__name__, field.default
             if isinstance(default, tuple):
-                default, kind = ",".join(map(str, default)), "int,int,..."
+                kind = ",".join([field.type.__args__[0].__name__] * 2) + ",..."
+                default = ",".join(map(str, default))
             group.add_argument(
                 *short, f"--{name}", dest=name, metavar=kind.upper(), default=argparse.SUPPRESS,
                 help=f"{field.metadata['help']} (full run: {default})".replace("%", "%%"),
@@ -153,3 +165,43 @@ def build_model(config: Config, device):
         prediction_type=config.diffusion.prediction_type,
     ).to(device)
     return model, scheduler
+
+
+def build_sampler(config: Config, scheduler, *, grid: bool = False):
+    """The sampler of a config; with `grid` the quicker one of the grids drawn during training."""
+    from conditional_diffusion import SAMPLERS
+
+    sample = config.sample
+    name = sample.grid_sampler if grid else sample.sampler
+    options = {"eta": sample.eta} if name == "ddim" else {}
+    return SAMPLERS[name](
+        scheduler, num_inference_steps=sample.grid_steps if grid else sample.num_inference_steps,
+        guidance_scale=sample.guidance_scale, guidance_interval=sample.guidance_interval,
+        clip_x_start=sample.clip_x_start, **options,
+    )  # fmt: skip
+
+
+def open_checkpoint(name: str | None) -> tuple[Path, dict]:
+    """The checkpoint asked for, or the newest usable one: full before overfit before demo.
+
+    name: a checkpoint file or a run directory.
+    """
+    from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
+    from training_monitor import RUN_DIRECTORIES, say
+
+    folders = [Path(name)] if name and Path(name).is_dir() else list(RUN_DIRECTORIES.values())
+    if name and not Path(name).is_dir():
+        return Path(name), load_checkpoint(Path(name))
+    found = load_newest(folders, warn=say)
+    if found is None:
+        searched = ", ".join(f"{folder}/" for folder in folders)
+        raise CheckpointError(
+            f"no usable checkpoint in {searched}; train one first: make demo, make train"
+        )
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -36,20 +36,26 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
 
 
 def describe(kind) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(kind, "whole numbers separated by commas")
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+             tuple[int, ...]: "whole numbers separated by commas",
+             tuple[float, ...]: "numbers separated by commas"}  # fmt: skip
+    return names[kind]
+
+
+def has_type(value, kind) -> bool:
+    """Whether a value has a field's declared type; a whole number is fine for a float."""
+    if isinstance(kind, types.GenericAlias):
+        return isinstance(value, tuple) and all(has_type(v, kind.__args__[0]) for v in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
 
 
 def check_types(section, prefix: str) -> None:
-    """Every field has its declared type; a whole number is fine for a float."""
     for f in fields(section):
         value = getattr(section, f.name)
-        if isinstance(f.type, types.GenericAlias):
-            good = isinstance(value, tuple) and all(type(entry) is int for entry in value)
-        else:
-            good = type(value) is f.type or (f.type is float and type(value) is int)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        require(good and finite, f"{prefix}.{f.name} must be {describe(f.type)}, not {value!r}")
+        good = has_type(value, f.type)
+        require(good, f"{prefix}.{f.name} must be {describe(f.type)}, not {value!r}")
 
 
 def require_at_least(section, prefix: str, name: str, least: float) -> None:
@@ -194,17 +200,31 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
+    sampler: str = option("ddpm", "ddpm, ddim or dpm-solver++, of `make generate`")
     num_inference_steps: int = option(250, "denoising steps of `make generate`")
-    grid_steps: int = option(50, "denoising steps of the grids drawn during training")
+    eta: float = option(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm")
+    grid_sampler: str = option("dpm-solver++", "sampler of the grids drawn during training")
+    grid_steps: int = option(20, "denoising steps of the grids drawn during training")
     guidance_scale: float = option(2.0, "uncond + scale (cond - uncond); 1: no guidance")
+    guidance_interval: tuple[float, ...] = option(
+        (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end"
+    )
     clip_x_start: bool = option(True, "clip the predicted clean image to [-1, 1] at each step")
     batch_size: int = option(100, "pictures denoised together")
 
     def __post_init__(self):
         check_types(self, "sample")
+        for name in ("sampler", "grid_sampler"):
+            require_one_of(self, "sample", name, ("ddpm", "ddim", "dpm-solver++"))
         for name in ("num_inference_steps", "grid_steps", "batch_size"):
             require_at_least(self, "sample", name, 1)
         require_at_least(self, "sample", "guidance_scale", 0)
+        require(0 <= self.eta <= 1, f"sample.eta must lie in [0, 1], not {self.eta}")
+        interval = self.guidance_interval
+        require(
+            len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
+            f"sample.guidance_interval must be two fractions, low,high, not {interval}",
+        )
 
 
 @dataclass(frozen=True)
@@ -349,6 +369,7 @@ def parse_value(name: str, kind, value: object):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind in (int, float):
             return kind(text)
-        return tuple(int(part) for part in text.strip("()").split(",") if part.strip())
+        parts = text.strip("()").split(",")
+        return tuple(kind.__args__[0](part) for part in parts if part.strip())
     except (ValueError, KeyError):
         raise ConfigError(f"{name} must be {describe(kind)}, not {value!r}") from None

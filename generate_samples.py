@@ -16,17 +16,17 @@ import config as settings
 from command_line import (
     Parser,
     build_model,
+    build_sampler,
     choose_device,
     exit_with,
+    open_checkpoint,
     parse_classes,
     parse_count,
 )
-from conditional_diffusion import DDPMSampler
-from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
+from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
 from config import Config, ConfigError
 from training_monitor import (
-    RUN_DIRECTORIES,
     labelled_grid,
     save_image,
     say,
@@ -55,20 +55,6 @@ def parse_arguments():
                         help="where the pictures go (generated_images)")
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda, ...")
     return parser.parse_args()
-
-
-def open_checkpoint(name: str | None) -> tuple[Path, dict]:
-    """The checkpoint asked for, or the newest usable one: full before overfit before demo."""
-    folders = [Path(name)] if name and Path(name).is_dir() else list(RUN_DIRECTORIES.values())
-    if name and not Path(name).is_dir():
-        return Path(name), load_checkpoint(Path(name))
-    found = load_newest(folders, warn=say)
-    if found is None:
-        searched = ", ".join(f"{folder}/" for folder in folders)
-        raise CheckpointError(
-            f"no usable checkpoint in {searched}; train one first: make demo, make train"
-        )
-    return found
 
 
 def apply_flags(config: Config, args) -> Config:
@@ -101,10 +87,7 @@ def main() -> int:
     model, scheduler = build_model(config, device)
     model.load_state_dict(state["model" if args.raw else "ema"])
     sample = config.sample
-    sampler = DDPMSampler(
-        scheduler, num_inference_steps=sample.num_inference_steps,
-        guidance_scale=sample.guidance_scale, clip_x_start=sample.clip_x_start,
-    )  # fmt: skip
+    sampler = build_sampler(config, scheduler)
     seeds = [first_seed + row for row in range(count) for _ in classes]
     labels = torch.tensor(classes, device=device).repeat(count)
     say(f"drawing {len(seeds)} pictures from {path} (step {state['step']}) on {device}: DDPM, "
@@ -114,7 +97,7 @@ def main() -> int:
         size = config.data.image_size
         images = sampler.sample(
             model, labels, (3, size, size), seeds, batch_size=sample.batch_size,
-            callback=lambda done, x_t: bar.update(1),
+            callback=lambda done, x_t, x_start: bar.update(1),
         )  # fmt: skip
 
     facts = {

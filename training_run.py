@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import config as settings
-from command_line import build_model
-from conditional_diffusion import DDPMSampler, TrainingEngine, save_checkpoint
+from command_line import build_model, build_sampler
+from conditional_diffusion import TrainingEngine, save_checkpoint
 from config import CLASS_NAMES, Config
 from data import Split, TrainingBatches, to_x_start
 from scores import nearest_images
@@ -101,17 +101,14 @@ class Run:
             held_out.labels[index].to(device),
         )
 
-    def sample(self, model, rows: int, num_inference_steps: int) -> Tensor:
+    def sample(self, model, rows: int, *, grid: bool) -> Tensor:
         """Pictures (rows * classes, 3, H, W), classes taking turns; all of row r have seed r."""
-        options, size = self.config.sample, self.config.data.image_size
-        sampler = DDPMSampler(
-            self.scheduler, num_inference_steps=num_inference_steps,
-            guidance_scale=options.guidance_scale, clip_x_start=options.clip_x_start,
-        )  # fmt: skip
+        size = self.config.data.image_size
+        sampler = build_sampler(self.config, self.scheduler, grid=grid)
         labels = torch.arange(len(CLASS_NAMES), device=self.device).repeat(rows)
         seeds = [row for row in range(rows) for _ in CLASS_NAMES]
         return sampler.sample(
-            model, labels, (3, size, size), seeds, batch_size=options.batch_size
+            model, labels, (3, size, size), seeds, batch_size=self.config.sample.batch_size
         )
 
     def log(self, monitor: TrainingMonitor) -> None:
@@ -135,7 +132,7 @@ class Run:
     def draw(self, monitor: TrainingMonitor) -> None:
         rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
-            images = self.sample(model, rows, self.config.sample.grid_steps)
+            images = self.sample(model, rows, grid=True)
             monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
 
     def lacks_grid(self) -> bool:
@@ -218,7 +215,7 @@ class Run:
         """
         config, train, classes = self.config, self.splits["train"], len(CLASS_NAMES)
         rows = min(GRID_ROWS, config.data.samples_per_class)
-        pictures = self.sample(self.engine.ema_model, rows, config.sample.num_inference_steps)
+        pictures = self.sample(self.engine.ema_model, rows, grid=False)
         originals = to_x_start(train.images.to(self.device), config.data.image_size)
         index, decibels = nearest_images(pictures, originals)
         results = []

@@ -1,15 +1,18 @@
-"""Class-conditional diffusion in plain PyTorch: network, schedule, sampler, training engine."""
+"""Class-conditional diffusion in plain PyTorch: network, schedule, samplers, training engine."""
 
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .noise_scheduler import CosineNoiseScheduler
-from .sampler import DDPMSampler
+from .sampler import SAMPLERS, DDIMSampler, DDPMSampler, DPMSolverSampler
 from .training_engine import TrainingEngine
 from .unet import UNet
 
 __all__ = [
     "CheckpointError",
     "CosineNoiseScheduler",
+    "DDIMSampler",
     "DDPMSampler",
+    "DPMSolverSampler",
+    "SAMPLERS",
     "TrainingEngine",
     "UNet",
     "load_checkpoint",

@@ -1,4 +1,4 @@
-"""The sampler against exact results: Gaussian data, for which the best denoiser is known."""
+"""The samplers against exact results: Gaussian data, for which the best denoiser is known."""
 
 import math
 
@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from conditional_diffusion import DDPMSampler
+from conditional_diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
 from conditional_diffusion.memory import OutOfMemory
-from conditional_diffusion.sampler import ddpm_step, guided_prediction, inference_timesteps
+from conditional_diffusion.sampler import SAMPLERS, guided_prediction, inference_timesteps
+
+EVERY_SAMPLER = pytest.mark.parametrize("sampler_class", SAMPLERS.values(), ids=SAMPLERS)
 
 
 class GaussianDenoiser(nn.Module):
@@ -23,38 +25,79 @@ class GaussianDenoiser(nn.Module):
         super().__init__()
         self.scheduler, self.mean, self.std = scheduler, mean, std
 
+    def denoised(self, x_t, timesteps):
+        abar = self.scheduler.alphas_cumprod_float64[timesteps].view(-1, 1, 1, 1)
+        gain = abar.sqrt() * self.std**2 / (abar * self.std**2 + 1 - abar)
+        return self.mean + gain * (x_t - abar.sqrt() * self.mean)
+
     def forward(self, x_t, timesteps, class_labels):
-        abar = self.scheduler.alphas_cumprod.double()[timesteps][:, None, None, None]
+        abar = self.scheduler.alphas_cumprod_float64[timesteps].view(-1, 1, 1, 1)
         a, b, x = abar.sqrt(), (1 - abar).sqrt(), x_t.double()
-        gain = a * self.std**2 / (a**2 * self.std**2 + b**2)
-        x_start = self.mean + gain * (x - a * self.mean)
+        x_start = self.denoised(x, timesteps)
         noise = (x - a * x_start) / b
         outputs = {"sample": x_start, "epsilon": noise, "v_prediction": a * noise - b * x_start}
         return outputs[self.scheduler.prediction_type].float()
 
 
-def exact_mean_and_std(alphas_cumprod: list[float], timesteps: list[int], mean, std):
-    """Mean and std of ancestral sampling with GaussianDenoiser, without sampling.
+def step_coefficients(method: str, eta: float, abar: list[float], kept: list[int], i: int):
+    """(of x_start, of x_t, of the earlier x_start, std of the noise) of step i, in float64.
 
-    Every step is linear in x_t plus independent noise, so two numbers describe the whole chain.
-    The step is Bayes' rule for x_prev: prior N(a_prev x_start, 1 - abar_prev), x_t ~
-    N(sqrt(alpha) x_prev, 1 - alpha). Few steps and std < 1 lose a little variance; that is a
-    property of the method, which this reproduces, so no tolerance has to allow for it.
+    Each formula comes from another place than the code's: DDPM from Bayes' rule, DDIM from the
+    marginal it must keep (a^2 c^2 + ... = 1 - abar), DPM-Solver++(2M) from its paper in alpha and
+    sigma.
     """
-    m, variance = 0.0, 1.0
-    for t, previous in zip(timesteps, [*timesteps[1:], None]):
-        abar = alphas_cumprod[t]
-        gain = math.sqrt(abar) * std**2 / (abar * std**2 + 1 - abar)  # x_start = gain x_t + offset
-        offset = mean * (1 - gain * math.sqrt(abar))
-        if previous is None:
-            return gain * m + offset, math.sqrt(gain**2 * variance)
-        abar_prev = alphas_cumprod[previous]
-        alpha = abar / abar_prev
-        precision = 1 / (1 - abar_prev) + alpha / (1 - alpha)
-        from_x_start = math.sqrt(abar_prev) / (1 - abar_prev) / precision
-        from_x_t = math.sqrt(alpha) / (1 - alpha) / precision
-        slope = from_x_start * gain + from_x_t
-        m, variance = slope * m + from_x_start * offset, slope**2 * variance + 1 / precision
+    a_t, a_prev = abar[kept[i]], abar[kept[i + 1]]
+    if method == "ddpm":
+        # Prior N(sqrt(a_prev) x_start, 1 - a_prev), likelihood x_t ~ N(sqrt(alpha) x, 1 - alpha).
+        alpha = a_t / a_prev
+        precision = 1 / (1 - a_prev) + alpha / (1 - alpha)
+        from_x_start = math.sqrt(a_prev) / (1 - a_prev) / precision
+        return from_x_start, math.sqrt(alpha) / (1 - alpha) / precision, 0.0, precision**-0.5
+    if method == "ddim":
+        # x_prev = sqrt(a_prev) x_start + c (x_t - sqrt(a_t) x_start) + std z, where c and std keep
+        # its variance given x_start at 1 - a_prev: c^2 (1 - a_t) + std^2 = 1 - a_prev.
+        std = eta * math.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+        c = math.sqrt((1 - a_prev - std**2) / (1 - a_t))
+        return math.sqrt(a_prev) - c * math.sqrt(a_t), c, 0.0, std
+
+    def half_log_snr(abar_t):
+        return math.log(math.sqrt(abar_t) / math.sqrt(1 - abar_t))
+
+    h = half_log_snr(a_prev) - half_log_snr(a_t)
+    data = -math.sqrt(a_prev) * (math.exp(-h) - 1)
+    share = 0.0  # of the difference between the last two predictions
+    if 0 < i < len(kept) - 2:  # first order at both ends
+        share = h / (half_log_snr(a_t) - half_log_snr(abar[kept[i - 1]])) / 2
+    return data * (1 + share), math.sqrt((1 - a_prev) / (1 - a_t)), -data * share, 0.0
+
+
+def exact_mean_and_std(method: str, eta: float, abar: list[float], kept: list[int], mean, std):
+    """Mean and std of samples drawn with GaussianDenoiser, without sampling.
+
+    Every step is linear in the state and in the noises drawn so far, so a mean and one coefficient
+    per noise describe the whole chain. Few steps lose or gain a little variance; that is a property
+    of the methods, which this reproduces, so no tolerance has to allow for it.
+    """
+
+    def denoised(m, noises, t):
+        gain = math.sqrt(abar[t]) * std**2 / (abar[t] * std**2 + 1 - abar[t])
+        return mean + gain * (m - math.sqrt(abar[t]) * mean), [gain * n for n in noises]
+
+    m, noises = 0.0, [1.0]
+    earlier_m, earlier_noises = 0.0, []
+    for i, t in enumerate(kept[:-1]):
+        x_m, x_noises = denoised(m, noises, t)
+        from_x, from_state, from_earlier, added = step_coefficients(method, eta, abar, kept, i)
+        earlier_noises += [0.0] * (len(noises) - len(earlier_noises))
+        m = from_x * x_m + from_state * m + from_earlier * earlier_m
+        noises = [
+            from_x * x + from_state * n + from_earlier * e
+            for x, n, e in zip(x_noises, noises, earlier_noises)
+        ]
+        noises += [added] if added else []
+        earlier_m, earlier_noises = x_m, x_noises
+    m, noises = denoised(m, noises, kept[-1])
+    return m, math.sqrt(sum(n**2 for n in noises))
 
 
 class LabelField(nn.Module):
@@ -110,6 +153,10 @@ def test_impossible_number_of_steps_is_refused(schedule, steps):
         DDPMSampler(schedule(), num_inference_steps=steps)
 
 
+def no_noise():
+    raise AssertionError("this step draws no noise")
+
+
 @pytest.mark.parametrize("steps", [2, 10, 50, 250, 1000])
 def test_alphas_between_kept_timesteps_multiply_to_alphas_cumprod(schedule, steps):
     """Adjacent-step alphas at skipped steps would multiply to a number far too large.
@@ -119,41 +166,163 @@ def test_alphas_between_kept_timesteps_multiply_to_alphas_cumprod(schedule, step
     """
     scheduler = schedule(1000)
     abar = scheduler.alphas_cumprod_float64.tolist()
-    kept = DDPMSampler(scheduler, num_inference_steps=steps).timesteps
+    sampler = DDPMSampler(scheduler, num_inference_steps=steps)
+    kept = sampler.timesteps
     product = abar[kept[-1]]  # the last step goes from there to the clean image
     one = torch.ones(1, 1, 1, 1)
     for t, previous in zip(kept, kept[1:]):
-        factor = ddpm_step(scheduler, 0 * one, one, t, previous, None).item()
+        factor = sampler.update(0 * one, one, t, previous, lambda: 0 * one, None).item()
         product *= (factor * (1 - abar[t]) / (1 - abar[previous])) ** 2
     # Up to 1000 squared float32 coefficients, 6e-8 each.
     assert product == pytest.approx(abar[999], rel=2e-4)
 
 
-def test_last_step_returns_the_predicted_image(schedule):
+@EVERY_SAMPLER
+def test_last_step_returns_the_predicted_image(schedule, sampler_class):
     x_start, x_t = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    sampler = sampler_class(schedule(), num_inference_steps=5)
     for t in (0, 49):
-        assert torch.equal(ddpm_step(schedule(), x_start, x_t, t, -1, None), x_start)
+        for earlier in (None, (t + 1, 0 * x_start)):
+            assert torch.equal(sampler.update(x_start, x_t, t, -1, no_noise, earlier), x_start)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-@pytest.mark.parametrize(("steps", "bias"), [(1000, 0.005), (100, 0.05), (10, 0.3)])
-def test_samples_have_mean_and_std_of_gaussian_data(schedule, prediction_type, steps, bias):
+@pytest.mark.parametrize(
+    ("method", "eta", "steps", "bias"),
+    [
+        ("ddpm", 1.0, 1000, 0.005), ("ddpm", 1.0, 100, 0.05), ("ddpm", 1.0, 10, 0.3),
+        ("ddim", 0.0, 100, 0.02), ("ddim", 0.0, 10, 0.2), ("ddim", 0.5, 20, 0.2),
+        ("ddim", 1.0, 100, 0.05), ("dpm-solver++", 0.0, 100, 0.005),
+        ("dpm-solver++", 0.0, 10, 0.15),
+    ],
+)  # fmt: skip
+def test_samples_have_mean_and_std_of_gaussian_data(
+    schedule, prediction_type, method, eta, steps, bias
+):
     mean, std = 0.6, 0.4
     scheduler = schedule(1000, prediction_type=prediction_type)
-    sampler = DDPMSampler(scheduler, num_inference_steps=steps, clip_x_start=False)
+    options = {"eta": eta} if method == "ddim" else {}
+    sampler = SAMPLERS[method](
+        scheduler, num_inference_steps=steps, clip_x_start=False, **options
+    )
     images = sampler.sample(
         GaussianDenoiser(scheduler, mean, std), torch.zeros(4, dtype=torch.long), (1, 64, 64),
         range(4),
     ).double()  # fmt: skip
-    abar = scheduler.alphas_cumprod.double().tolist()
-    exact_mean, exact_std = exact_mean_and_std(abar, sampler.timesteps, mean, std)
+    abar = scheduler.alphas_cumprod_float64.tolist()
+    exact_mean, exact_std = exact_mean_and_std(method, eta, abar, sampler.timesteps, mean, std)
     # Five standard errors of the n = 16384 independent pixels.
     n = images.numel()
     assert images.mean().item() == pytest.approx(exact_mean, abs=5 * exact_std / math.sqrt(n))
     assert images.std().item() == pytest.approx(exact_std, rel=5 / math.sqrt(2 * n))
-    # The chain itself approaches the data as its steps grow: share of the std that is lost.
-    assert exact_mean == pytest.approx(mean, abs=1e-3)
-    assert 0 < 1 - exact_std / std < bias
+    # The chain itself approaches the data as its steps grow.
+    assert exact_mean == pytest.approx(mean, abs=2e-3)
+    assert abs(1 - exact_std / std) < bias
+
+
+@pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm-solver++", 2)])
+def test_halving_the_step_cuts_the_error_as_the_order_says(schedule, method, order):
+    """Against the exact solution of the probability flow of Gaussian data.
+
+    There x_t - a mean keeps its number of standard deviations sqrt(a^2 std^2 + b^2).
+    """
+    mean, std, T = 0.6, 0.4, 2**13 + 1  # so that halved steps fall on whole timesteps
+    scheduler = schedule(T)
+    abar = scheduler.alphas_cumprod_float64.tolist()
+
+    def spread(t):
+        return math.sqrt(abar[t] * std**2 + 1 - abar[t])
+
+    # Between the ends, where the schedule is steep; the state stays in float64.
+    first, last = 6 * (T - 1) // 8, 3 * (T - 1) // 8
+    z = torch.linspace(-2, 2, 5, dtype=torch.float64).view(5, 1, 1, 1)
+    model, errors = GaussianDenoiser(scheduler, mean, std), []
+    for steps in (16, 32, 64):
+        kept = [first - i * (first - last) // steps for i in range(steps + 1)]
+        sampler, earlier = SAMPLERS[method](scheduler, num_inference_steps=2), None
+        x = math.sqrt(abar[first]) * mean + spread(first) * z
+        for t, previous in zip(kept, kept[1:]):
+            x_start = model.denoised(x, t)
+            new = sampler.update(x_start, x, t, previous, no_noise, earlier)
+            x, earlier = new, (t, x_start)
+        exact = math.sqrt(abar[last]) * mean + spread(last) * z
+        errors.append((x - exact).abs().max().item())
+    for coarse, fine in zip(errors, errors[1:]):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+def test_ddim_with_eta_one_has_the_variance_of_ddpm(schedule):
+    """Song et al. 2021, sec. 4.1: the same posterior, hence the same update of the same inputs."""
+    x_start, x_t, noise = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    scheduler = schedule(1000)
+    ddpm = DDPMSampler(scheduler, num_inference_steps=10)
+    ddim = DDIMSampler(scheduler, num_inference_steps=10, eta=1.0)
+    for t, previous in ((999, 888), (500, 499), (111, 0)):
+        expected = ddpm.update(x_start, x_t, t, previous, lambda: noise, None)
+        found = ddim.update(x_start, x_t, t, previous, lambda: noise, None)
+        assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def diffusers_scheduler(name, scheduler, **options):
+    diffusers = pytest.importorskip("diffusers")
+    return getattr(diffusers, name)(
+        num_train_timesteps=scheduler.num_train_timesteps,
+        trained_betas=scheduler.betas.tolist(), prediction_type="v_prediction", **options,
+    )  # fmt: skip
+
+
+def test_schedule_agrees_with_diffusers(schedule):
+    diffusers = pytest.importorskip("diffusers")
+    peer = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    assert_close(schedule(1000).alphas_cumprod, peer.alphas_cumprod, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddpm_and_ddim_updates_agree_with_diffusers(schedule, eta):
+    scheduler, steps = schedule(1000), 20
+    generator = torch.Generator().manual_seed(0)
+    x_t, output, noise = torch.randn(3, 2, 3, 8, 8, generator=generator)
+    for t, previous in ((999, 949), (549, 499), (99, 49)):
+        timesteps = torch.full((2,), t)
+        x_start = scheduler.predict_x_start(output, x_t, timesteps)
+        ddim = DDIMSampler(scheduler, num_inference_steps=steps, eta=eta)
+        peer = diffusers_scheduler("DDIMScheduler", scheduler, clip_sample=False)
+        peer.set_timesteps(steps)
+        wanted = peer.step(output, t, x_t, eta=eta, variance_noise=noise).prev_sample
+        found = ddim.update(x_start, x_t, t, previous, lambda: noise, None)
+        # Their cumulative products are float32.
+        assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+        peer = diffusers_scheduler("DDPMScheduler", scheduler, clip_sample=False)
+        peer.set_timesteps(timesteps=[t, previous])
+        # It draws its noise itself; the same generator draws ours.
+        wanted = peer.step(output, t, x_t, torch.Generator().manual_seed(1)).prev_sample
+        drawn = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1))
+        ddpm = DDPMSampler(scheduler, num_inference_steps=steps)
+        found = ddpm.update(x_start, x_t, t, previous, lambda: drawn, None)
+        assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [8, 25])
+def test_dpm_solver_chain_agrees_with_diffusers(schedule, steps):
+    scheduler = schedule(1000)
+    peer = diffusers_scheduler(
+        "DPMSolverMultistepScheduler", scheduler, algorithm_type="dpmsolver++", solver_order=2,
+        solver_type="midpoint", final_sigmas_type="zero", lower_order_final=True,
+    )  # fmt: skip
+    sampler = DPMSolverSampler(scheduler, num_inference_steps=steps, clip_x_start=False)
+    peer.set_timesteps(timesteps=sampler.timesteps)
+    model = GaussianDenoiser(scheduler, 0.6, 0.4)
+    labels = torch.zeros(1, dtype=torch.long)
+    x_t = torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(3))[None]
+    states = []
+    sampler.sample(
+        model, labels, (1, 8, 8), [3], callback=lambda done, x_t, x_start: states.append(x_t)
+    )
+    # The step to timestep 0 is left out: ours is of first order there.
+    for t, state in zip(peer.timesteps[:-2], states):
+        x_t = peer.step(model(x_t, t.repeat(1), labels), t, x_t).prev_sample
+        assert_close(state, x_t, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
@@ -185,9 +354,23 @@ def test_sampler_hands_its_guidance_to_every_step(schedule):
     assert not torch.allclose(unconditional, conditional, atol=1e-3)
 
 
-def test_a_picture_depends_on_its_seed_and_label_not_on_its_company(awake_model, schedule):
+def test_guidance_stays_inside_its_interval(schedule):
+    sampler = DDIMSampler(
+        schedule(101), num_inference_steps=11, guidance_scale=3.0, guidance_interval=(0.2, 0.7)
+    )
+    model = LabelField()
+    sampler.sample(model, torch.tensor([2]), (1, 4, 4), [0])
+    assert sampler.timesteps == list(range(100, -1, -10))
+    # Timesteps 70 to 20 are guided, in calls of twice the batch.
+    assert [size for size, _, _ in model.calls] == [1] * 3 + [2] * 6 + [1] * 2
+
+
+@EVERY_SAMPLER
+def test_a_picture_depends_on_its_seed_and_label_not_on_its_company(
+    awake_model, schedule, sampler_class
+):
     model = awake_model()
-    sampler = DDPMSampler(schedule(), num_inference_steps=5, guidance_scale=2.0)
+    sampler = sampler_class(schedule(), num_inference_steps=5, guidance_scale=2.0)
     labels, seeds = torch.tensor([3, 1, 4, 1, 5]), [11, 12, 13, 14, 2**40]
 
     def draw(order, **options):
@@ -230,7 +413,7 @@ def test_mode_of_the_model_is_restored(schedule, training):
     class Interrupted(Exception):
         pass
 
-    def interrupt(done, x_t):
+    def interrupt(done, x_t, x_start):
         raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -238,23 +421,25 @@ def test_mode_of_the_model_is_restored(schedule, training):
     assert model.training is training
 
 
+@EVERY_SAMPLER
 @pytest.mark.parametrize(("clip", "expected"), [(True, 1.0), (False, 3.0)])
-def test_prediction_beyond_one_survives_unless_clipped(schedule, clip, expected):
-    sampler = DDPMSampler(
+def test_prediction_beyond_one_survives_unless_clipped(schedule, sampler_class, clip, expected):
+    sampler = sampler_class(
         schedule(prediction_type="sample"), num_inference_steps=10, clip_x_start=clip
     )
     images = sampler.sample(Constant(3.0), torch.tensor([0, 1]), (1, 4, 4), [0, 1])
     assert_close(images, torch.full((2, 1, 4, 4), expected), rtol=0, atol=0)
 
 
-def test_nothing_but_the_predicted_image_is_clipped(schedule):
+@EVERY_SAMPLER
+def test_nothing_but_the_predicted_image_is_clipped(schedule, sampler_class):
     """With a prediction inside [-1, 1] clipping changes no step, and x_t keeps its tails."""
     scheduler, trajectories = schedule(prediction_type="sample"), {}
     for clip in (True, False):
         steps = trajectories[clip] = []
-        DDPMSampler(scheduler, num_inference_steps=10, clip_x_start=clip).sample(
+        sampler_class(scheduler, num_inference_steps=10, clip_x_start=clip).sample(
             Constant(0.9), torch.tensor([0]), (1, 32, 32), [0],
-            callback=lambda done, x_t, steps=steps: steps.append((done, x_t.clone())),
+            callback=lambda done, x_t, x_start, steps=steps: steps.append((done, x_t.clone())),
         )  # fmt: skip
     assert [done for done, _ in trajectories[True]] == list(range(1, 11))
     for (_, clipped), (_, free) in zip(trajectories[True], trajectories[False]):
