@@ -1,5 +1,6 @@
 """Images and labels for training: CIFAR-10 or pictograms, their subsets and their batches."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a hash of the content, wherever it came from."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for array in (self.images, self.labels):
+            digest.update(array.contiguous().numpy())
+        return digest.hexdigest()[:16]
 
     def first_per_class(self, count: int) -> "Split":
         """The first `count` images of every class, in the order of the split; 0 means all."""
@@ -78,6 +86,11 @@ def to_x_start(images: Tensor, image_size: int) -> Tensor:
     if images.shape[-1] != image_size:
         x_start = F.interpolate(x_start, size=image_size, mode="bicubic", align_corners=False)
     return x_start.clamp(-1, 1)  # bicubic enlargement overshoots at edges
+
+
+def to_images(x: Tensor) -> Tensor:
+    """x (B, 3, H, W) in [-1, 1] -> uint8 of the same shape, rounded to the nearest level."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 class TrainingBatches:

@@ -1,0 +1,266 @@
+"""Score the samples of a checkpoint, or a folder of pictures, against the data.
+
+    python evaluate_samples.py                               # the newest usable checkpoint
+    python evaluate_samples.py CHECKPOINT --samples 100 --sweep 1,1.5,2,3
+    python evaluate_samples.py --pictures generated_images
+
+Every score comes with what it depends on, in scores.jsonl beside the drawings.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import config as settings
+from cifar10 import IMAGE_SUFFIXES, UNREADABLE, DataError, locate, to_rgb
+from command_line import (
+    SAMPLING_FLAGS,
+    Parser,
+    add_config_flags,
+    build_model,
+    build_sampler,
+    choose_device,
+    config_overrides,
+    exit_with,
+    file_hash,
+    open_checkpoint,
+    parse_count,
+)
+from conditional_diffusion.checkpoint import CheckpointError
+from conditional_diffusion.memory import OutOfMemory
+from config import CLASS_NAMES, Config, ConfigError
+from data import Split, load_splits, to_images
+from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
+from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
+from training_monitor import progress, say
+
+USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory)
+PER_CLASS = {"cuda": 1000, "cpu": 50}  # pictures drawn unless --samples says otherwise
+INCEPTION_TITLES = {"fid": "FID", "kid_mean": "KID", "precision": "precision",
+                    "recall": "recall", "inception_score_mean": "Inception Score"}  # fmt: skip
+INCEPTION_CACHE = Path("data/inception")
+AT_ONCE = 500  # pictures kept as float32 before they become bytes
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
+                        help="checkpoint file or run directory (default: the newest usable one)")
+    parser.add_argument("--pictures", metavar="DIR",
+                        help="score these pictures, named CLASS_*.png or in folders by class")
+    parser.add_argument("--samples", metavar="N", help="pictures per class "
+                        f"(on a GPU {PER_CLASS['cuda']}, on a CPU {PER_CLASS['cpu']})")
+    parser.add_argument("--sweep", metavar="S,S,...", help="score these guidance scales in turn")
+    parser.add_argument("--raw", action="store_true", help="raw weights instead of their EMA")
+    parser.add_argument("--seed", metavar="N", default="0", help="seed of the first picture (0)")
+    parser.add_argument("--inception-weights", metavar="FILE",
+                        help="Inception weights for FID, KID, ... (torch-fidelity's own otherwise)")
+    parser.add_argument("--no-inception", action="store_true", help="leave FID, KID, ... out")
+    parser.add_argument("--output", metavar="DIR",
+                        help="where scores and drawings go (evaluation/ beside what is scored)")
+    parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
+                        help="auto, cpu, cuda, ...")
+    add_config_flags(parser, ("data",))
+    add_config_flags(parser, ("sample",), SAMPLING_FLAGS)
+    return parser.parse_args()
+
+
+def read_folder(folder: Path) -> Pictures:
+    """The pictures in a folder, squares of one size; classes come from file or folder names.
+
+    Where some have a class, those without, such as a grid, are left out.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--pictures {folder} is no folder; name one that holds pictures")
+    found = [(path, class_of(path.relative_to(folder))) for path in sorted(folder.rglob("*"))
+             if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+             and "evaluation" not in path.parts]  # fmt: skip
+    labelled = [(path, label) for path, label in found if label is not None]
+    found = labelled or found
+    if not found:
+        raise DataError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    images: list[torch.Tensor] = []
+    for path, _ in found:
+        try:
+            with Image.open(path) as picture:
+                pixels = np.array(to_rgb(picture))  # (H, W, 3)
+        except UNREADABLE as error:
+            raise DataError(f"{path} cannot be read ({error}); remove or replace it") from error
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+        side = images[0].shape[-1]
+        if images[-1].shape != (3, side, side):
+            raise DataError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, not {side}x{side}; "
+                            "pictures must be squares of one size")  # fmt: skip
+    labels = torch.tensor([label for _, label in labelled]) if labelled else None
+    return Pictures(torch.stack(images), labels)
+
+
+def class_of(path: Path) -> int | None:
+    """The class in a picture's name, cat_0000.png, or else in that of a folder above it."""
+    name = path.name.partition("_")[0].lower()
+    if name in CLASS_NAMES:
+        return CLASS_NAMES.index(name)
+    place = locate(path)
+    return None if place is None else place[1]
+
+
+def parse_scales(text: str) -> list[float]:
+    try:
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise ConfigError(f"--sweep must be numbers separated by commas, not {text!r}") from None
+
+
+class Drawing:
+    """A checkpoint's model, ready to draw any number of pictures."""
+
+    def __init__(self, path: Path, state: dict, config: Config, device, raw: bool):
+        self.config, self.device = config, device
+        self.model, self.scheduler = build_model(config, device)
+        self.model.load_state_dict(state["model" if raw else "ema"])
+        self.facts = {
+            "checkpoint": str(path), "hash": file_hash(path), "step": state["step"],
+            "images_seen": state["images_seen"], "weights": "raw" if raw else "EMA",
+        }  # fmt: skip
+
+    def draw(self, config: Config, per_class: int, seed: int) -> Pictures:
+        """per_class pictures of every class, each from a seed of its own."""
+        sample, size = config.sample, config.data.image_size
+        sampler = build_sampler(config, self.scheduler)
+        labels = torch.arange(per_class * len(CLASS_NAMES)) % len(CLASS_NAMES)
+        parts = []
+        with tqdm(total=len(labels), unit="picture", disable=None, leave=False) as bar:
+            for chunk in torch.arange(len(labels)).split(AT_ONCE):
+                def advance(done, x_t, x_start):
+                    if done == sample.num_inference_steps:
+                        bar.update(len(x_t))
+                images = sampler.sample(
+                    self.model, labels[chunk].to(self.device), (3, size, size),
+                    [seed + i for i in chunk.tolist()], batch_size=sample.batch_size,
+                    callback=advance,
+                )  # fmt: skip
+                parts.append(to_images(images).cpu())
+        return Pictures(torch.cat(parts), labels)
+
+
+def sampler_facts(config: Config, seed: int) -> dict:
+    sample = config.sample
+    facts = {
+        "sampler": sample.sampler, "num_inference_steps": sample.num_inference_steps,
+        "guidance_scale": sample.guidance_scale,
+        "guidance_interval": list(sample.guidance_interval),
+        "clip_x_start": sample.clip_x_start, "seed": seed,
+    }  # fmt: skip
+    return {**facts, "eta": sample.eta} if sample.sampler == "ddim" else facts
+
+
+def report_lines(record: dict) -> list[str]:
+    """What a person reads of one record."""
+    reference = record["reference"]
+
+    def percent(key: str) -> str:
+        return f"{100 * record[key]:.1f} %"
+
+    lines = []
+    if "agreement" in record:
+        worst = sorted(record["agreement_by_class"].items(), key=lambda item: item[1])[:3]
+        lines.append(f"class agreement    {percent('agreement')}, lowest " + ", ".join(
+            f"{name} {100 * share:.0f} %" for name, share in worst))  # fmt: skip
+    if "frechet_distance" in record:
+        ours, real = record["frechet_distance"], record["frechet_distance_floor"]
+        lines.append(f"Frechet distance   {ours:.4g} in the classifier's features (held-out "
+                     f"pictures {real:.4g})")  # fmt: skip
+    lines.append(
+        f"near copies        {percent('near_copies_features')} by features "
+        f"(held-out {percent('near_copies_features_floor')}), {percent('near_copies_pixels')} by "
+        f"pixels (held-out {percent('near_copies_pixels_floor')})"
+    )
+    for key, name in (("colour", "samples"), ("colour_data", "data")):
+        mean, std = ([f"{v:.1f}" for v in record[key][part]] for part in ("mean", "std"))
+        lines.append(f"colour, {name:<10} mean {' '.join(mean)}, std {' '.join(std)} (0 to 255)")
+    for key, title in INCEPTION_TITLES.items():
+        if key in record["inception"]:
+            ours, real = record["inception"][key], record["inception"]["floor"][key]
+            lines.append(f"{title:<18} {ours:.4g} (held-out pictures {real:.4g})")
+    if "missing" in record["inception"]:
+        lines.append("no FID, KID, precision, recall, Inception Score: "
+                     f"{record['inception']['missing']}")  # fmt: skip
+    lines.append(
+        f"n {record['n']} (held-out {record['n_floor']}); reference: {reference['train']} pictures "
+        f"at {reference['image_size']}x{reference['image_size']}; the classifier is right on "
+        f"{100 * reference['classifier_accuracy']:.1f} % of held-out pictures"
+    )
+    return ["  " + line for line in lines]
+
+
+def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -> dict:
+    """The scores from Inception features, or why there are none."""
+    if args.no_inception:
+        return {"missing": "left out by --no-inception"}
+    try:
+        return inception_scores(
+            pictures.images, splits["train"], splits["test"], cache=INCEPTION_CACHE,
+            weights=args.inception_weights, device=device, progress=progress,
+        )  # fmt: skip
+    except (InceptionUnavailable, TooFewPictures) as error:
+        return {"missing": str(error)}
+
+
+def main() -> int:
+    args = parse_arguments()
+    overrides = config_overrides(args)
+    overrides["train.device"] = vars(args)["train.device"]
+    seed = settings.parse_value("--seed", int, args.seed)
+    if args.pictures:
+        pictures = read_folder(Path(args.pictures))
+        overrides["data.image_size"] = pictures.images.shape[-1]
+        config = settings.apply_overrides(settings.full(), overrides)
+    else:
+        path, state = open_checkpoint(args.checkpoint)
+        config = settings.apply_overrides(settings.from_dict(state["config"]), overrides)
+    scales = parse_scales(args.sweep) if args.sweep else [config.sample.guidance_scale]
+    device = choose_device(config)
+    per_class = parse_count("--samples", args.samples or str(PER_CLASS[device.type]))
+    output = Path(args.output or Path(args.pictures or path.parent) / "evaluation")
+    output.mkdir(parents=True, exist_ok=True)
+
+    reference = replace(config.data, samples_per_class=0, repeats=1)
+    splits = load_splits(reference, seed=config.train.seed, progress=progress, say=say)
+    evaluator = Evaluator(splits, config.data.image_size, device, progress=progress, say=say)
+    drawing = None if args.pictures else Drawing(path, state, config, device, args.raw)
+    records = []
+    for scale in scales:
+        if drawing is None:
+            facts = {"pictures": args.pictures}
+            say(f"scoring {len(pictures.images)} pictures in {args.pictures}")
+        else:
+            config = settings.apply_overrides(config, {"sample.guidance_scale": scale})
+            facts = {**drawing.facts, **sampler_facts(config, seed)}
+            say(f"scoring {path} (step {facts['step']}, {facts['weights']}) on {device}: "
+                f"{facts['sampler']}, {facts['num_inference_steps']} steps, guidance {scale:g}, "
+                f"{per_class} pictures per class")  # fmt: skip
+            pictures = drawing.draw(config, per_class, seed)
+        scores = evaluator.scores(pictures)
+        record = {**facts, "reference": evaluator.facts(), **scores.report}
+        record["inception"] = inception_part(pictures, splits, args, device)
+        records.append(record)
+        with open(output / "scores.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for line in report_lines(record):
+            say(line)
+        if scores.confusion is not None:
+            draw_confusion(scores.confusion, output / "confusion.png")
+        evaluator.draw_pairs(pictures, scores, output / "nearest.png")
+    if len(records) > 1:
+        draw_sweep(records, output / "guidance_sweep.png")
+    say(f"scores, confusion and nearest training pictures: {output}/")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main, USER_ERRORS)

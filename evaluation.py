@@ -1,0 +1,184 @@
+"""Scores of pictures against a data set, and the drawings that go with them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cifar10 import Progress
+from classifier import INPUT_SIZE, cached_classifier, look_at, to_input
+from config import CLASS_NAMES
+from data import Split, to_images, to_x_start
+from scores import (
+    NEIGHBOURS,
+    Neighbours,
+    colour_statistics,
+    confusion_matrix,
+    frechet_distance,
+    near_copies,
+    nearest,
+)
+from training_monitor import labelled_grid, save_image, to_uint8
+
+COLOUR_IMAGES = 5000  # of the training set, for its colours
+PAIRS = 10  # closest pairs drawn
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """images uint8 (N, 3, S, S); labels int64 (N,) of the class wanted, or None if unknown."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What Evaluator finds: `report` as plain numbers, the rest for drawing."""
+
+    report: dict
+    confusion: Tensor | None
+    by_features: Neighbours
+    by_pixels: Neighbours
+
+
+def evenly(count: int, total: int) -> Tensor:
+    """count indices spread over 0..total-1, which is often sorted by class."""
+    return torch.arange(count) * total // max(1, count)
+
+
+def pixel_neighbours(images: Tensor, references: Tensor, device) -> Neighbours:
+    """The nearest references, uint8 (M, 3, S, S), of each image and of its mirror image at 32x32.
+
+    Both by root mean square distance of pixel values in [-1, 1].
+    """
+    rows, references = (
+        torch.cat([to_input(chunk, device) for chunk in part.split(500)])
+        for part in (images, references)
+    )
+    both = [nearest(side.flatten(1), references.flatten(1), NEIGHBOURS)
+            for side in (rows, rows.flip(-1))]  # fmt: skip
+    distances = torch.cat([side.distances for side in both], dim=1)
+    best = distances.topk(both[0].distances.shape[1], largest=False)
+    index = torch.cat([side.index for side in both], dim=1).gather(1, best.indices)
+    return Neighbours(index, best.values / (3 * INPUT_SIZE**2) ** 0.5)
+
+
+class Evaluator:
+    """The reference of all scores: a data set and the classifier trained on it.
+
+    Args:
+        splits: {"train": ..., "test": ...}; the held-out part gives the floors, which are what real
+            pictures score.
+        image_size: pixels a side at which the model sees them.
+    """
+
+    def __init__(self, splits: dict[str, Split], image_size: int, device, *, progress: Progress,
+                 say: Callable[[str], None]):  # fmt: skip
+        self.train, self.held_out = splits["train"], splits["test"]
+        self.image_size, self.device = image_size, device
+        self.judge = cached_classifier(splits, device, progress=progress, say=say)
+
+    def facts(self) -> dict:
+        return {
+            "data": self.train.fingerprint(), "train": len(self.train),
+            "held_out": len(self.held_out), "image_size": self.image_size,
+            "classifier_accuracy": self.judge.accuracy,
+            "classifier_input": f"{INPUT_SIZE}x{INPUT_SIZE}, bicubic, antialiased",
+        }  # fmt: skip
+
+    def scores(self, pictures: Pictures) -> Scores:
+        """Class agreement, Frechet distance, near copies and colours of N pictures."""
+        images, labels = pictures.images, pictures.labels
+        n = min(len(images), len(self.held_out))
+        index = evenly(n, len(self.held_out))
+        real_images, real_features = self.held_out.images[index], self.judge.held_out[index]
+        features, found = look_at(self.judge.model, images)
+        report: dict = {"n": len(images), "n_floor": n}
+        confusion = None
+        if labels is not None:
+            confusion = confusion_matrix(labels, found, len(CLASS_NAMES))
+            share = confusion.diag() / confusion.sum(1).clamp(min=1)
+            drawn = confusion.sum(1) > 0
+            report["agreement"] = (found == labels).float().mean().item()
+            report["agreement_by_class"] = {
+                name: share[i].item() for i, name in enumerate(CLASS_NAMES) if drawn[i]
+            }
+        if n > 1:
+            report["frechet_distance"] = frechet_distance(features, self.judge.train)
+            report["frechet_distance_floor"] = frechet_distance(real_features, self.judge.train)
+        by_features = nearest(features.to(self.device), self.judge.train, NEIGHBOURS)
+        by_pixels = pixel_neighbours(images, self.train.images, self.device)
+        real_by_features = nearest(real_features.to(self.device), self.judge.train, NEIGHBOURS)
+        real_by_pixels = pixel_neighbours(real_images, self.train.images, self.device)
+        for name, ours, real in (("features", by_features, real_by_features),
+                                 ("pixels", by_pixels, real_by_pixels)):  # fmt: skip
+            report[f"near_copies_{name}"] = near_copies(ours).float().mean().item()
+            report[f"near_copies_{name}_floor"] = near_copies(real).float().mean().item()
+        report["colour"] = colour_statistics(images)
+        some = evenly(min(COLOUR_IMAGES, len(self.train)), len(self.train))
+        seen = to_images(to_x_start(self.train.images[some], self.image_size))
+        report["colour_data"] = colour_statistics(seen)
+        return Scores(report, confusion, by_features, by_pixels)
+
+    def draw_pairs(self, pictures: Pictures, scores: Scores, path: Path) -> None:
+        """The samples nearest to a training image above it: first by features, then by pixels."""
+        images, size = [], pictures.images.shape[-1]
+        for neighbours in (scores.by_features, scores.by_pixels):
+            order = neighbours.distances[:, 0].argsort()[:PAIRS]
+            originals = self.train.images[neighbours.index[order, 0]]
+            images += [to_x_start(pictures.images[order], size), to_x_start(originals, size)]
+        names = [f"pair {i + 1}" for i in range(len(order))]
+        title = "sample above nearest training image: by features, then by pixels"
+        save_image(labelled_grid(to_uint8(torch.cat(images)), names, title), path)
+
+
+def draw_confusion(confusion: Tensor, path: Path) -> None:
+    """The confusion matrix (classes, classes) in per cent of the row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    ticks = range(len(CLASS_NAMES))
+    axes.set_xticks(ticks, CLASS_NAMES, rotation=45, ha="right")
+    axes.set_yticks(ticks, CLASS_NAMES)
+    axes.set(xlabel="what the classifier sees", ylabel="class wanted", title="samples, per cent")
+    for row in ticks:
+        for column in ticks:
+            value = share[row, column].item()
+            if value >= 0.5:
+                color = "white" if value > 50 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
+    figure.savefig(path, dpi=90)
+
+
+def draw_sweep(records: Sequence[dict], path: Path) -> None:
+    """Agreement and distances against the guidance scale, with what real pictures score."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "agreement": ("class agreement", lambda r: r["reference"]["classifier_accuracy"]),
+        "frechet_distance": ("Frechet distance", lambda r: r["frechet_distance_floor"]),
+    }
+    if all("fid" in record["inception"] for record in records):
+        panels["fid"] = ("FID", lambda r: r["inception"]["floor"]["fid"])
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    scales = [record["guidance_scale"] for record in records]
+    for axes, (key, (title, floor)) in zip(figure.subplots(1, len(panels)), panels.items()):
+        values = [{**record["inception"], **record}[key] for record in records]
+        axes.plot(scales, values, marker=".", label="samples")
+        axes.axhline(floor(records[0]), color="gray", linestyle="--", label="held-out pictures")
+        axes.set(title=title, xlabel="guidance scale")
+        if key != "agreement":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=90)

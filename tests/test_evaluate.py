@@ -1,0 +1,194 @@
+"""Scores: the evaluator on known pictures, then checkpoints and folders as a user scores them."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_cli import PICTOGRAMS, assert_one_sentence, call, own_directory  # noqa: F401
+
+import data
+import evaluate_samples
+import evaluation
+import train_model
+from cifar10 import DataError
+from classifier import Recipe, cached_classifier
+from config import CLASS_NAMES, DataConfig
+from evaluate_samples import parse_scales, read_folder
+from evaluation import Evaluator, Pictures
+
+FULL = ["--full", *PICTOGRAMS, "--epochs", "2", "--samples", "10", "--batch-size", "10",
+        "--train.learning_rate", "1e-2", "--train.warmup_steps", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    return tmp_path_factory.mktemp("classifiers")
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch, classifiers):
+    """A small classifier, and a small set of pictograms where all are asked for."""
+    recipe = Recipe(widths=(8, 16, 16), epochs=6, batch_size=50)
+    quick = functools.partial(cached_classifier, recipe=recipe, folder=classifiers)
+    monkeypatch.setattr(evaluation, "cached_classifier", quick)
+    monkeypatch.setattr(data, "PICTOGRAMS_PER_CLASS", 30)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    wanted = DataConfig(dataset="pictograms", image_size=32, samples_per_class=60)
+    return data.draw_pictograms(wanted, seed=0)
+
+
+@pytest.fixture
+def evaluator(splits):
+    return Evaluator(
+        splits, 32, torch.device("cpu"), progress=lambda items, total, what: items,
+        say=lambda line: None,
+    )  # fmt: skip
+
+
+def test_training_pictures_score_as_copies_of_themselves(evaluator, splits):
+    train = splits["train"]
+    report = evaluator.scores(Pictures(train.images, train.labels)).report
+    assert report["n"] == 600 and report["n_floor"] == 60
+    assert report["frechet_distance"] == pytest.approx(0, abs=1e-4)
+    assert report["frechet_distance_floor"] > 0.01
+    assert report["near_copies_features"] == report["near_copies_pixels"] == 1
+    assert report["near_copies_pixels_floor"] < 1
+    for part in ("mean", "std"):
+        assert report["colour"][part] == pytest.approx(report["colour_data"][part])
+    by_class = report["agreement_by_class"]
+    assert list(by_class) == list(CLASS_NAMES)
+    assert report["agreement"] == pytest.approx(sum(by_class.values()) / 10)
+
+
+def test_noise_scores_badly(evaluator, splits):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (60, 3, 32, 32), generator=generator).byte()
+    labels = torch.arange(60) % 10
+    report = evaluator.scores(Pictures(noise, labels)).report
+    assert report["frechet_distance"] > 5 * report["frechet_distance_floor"]
+    assert report["near_copies_pixels"] == 0
+    assert report["agreement"] < 0.35  # guessing gets 0.1; 60 pictures: up to 0.25 by chance
+    assert report["colour"]["mean"] == pytest.approx([127.5] * 3, abs=2)
+
+
+def test_a_mirrored_copy_is_found_and_lies_beside_its_original(evaluator, splits, tmp_path):
+    chosen = [3, 333, 599]
+    pictures = Pictures(splits["train"].images[chosen].flip(-1), None)
+    scores = evaluator.scores(pictures)
+    assert scores.by_pixels.index[:, 0].tolist() == chosen
+    assert scores.by_pixels.distances[:, 0].tolist() == pytest.approx([0] * 3, abs=1e-3)
+    assert "agreement" not in scores.report and scores.confusion is None
+    evaluator.draw_pairs(pictures, scores, tmp_path / "nearest.png")
+    with Image.open(tmp_path / "nearest.png") as grid:
+        assert grid.width > 3 * 64 and grid.height > 4 * 64  # twice two rows of three pictures
+
+
+def save(path: Path, color, size=(8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+def test_folder_of_pictures_with_classes_in_names_or_folders(tmp_path):
+    save(tmp_path / "cat_0000.png", (1, 2, 3))
+    save(tmp_path / "ship" / "anything.png", (4, 5, 6))
+    save(tmp_path / "class9" / "x.png", (7, 8, 9))
+    save(tmp_path / "grid.png", (0, 0, 0), (50, 20))  # has no class: no sample
+    save(tmp_path / "evaluation" / "dog_0.png", (0, 0, 0))
+    (tmp_path / "samples.json").write_text("{}")
+    pictures = read_folder(tmp_path)
+    assert pictures.labels.tolist() == [3, 9, 8]
+    assert pictures.images[:, :, 0, 0].tolist() == [[1, 2, 3], [7, 8, 9], [4, 5, 6]]
+    assert pictures.images.shape == (3, 3, 8, 8) and pictures.images.dtype == torch.uint8
+
+
+def test_folder_of_pictures_without_classes(tmp_path):
+    save(tmp_path / "00000.png", (1, 2, 3))
+    save(tmp_path / "00001.png", (4, 5, 6))
+    pictures = read_folder(tmp_path)
+    assert pictures.labels is None and len(pictures.images) == 2
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(DataError, match="is no folder"):
+        read_folder(tmp_path / "absent")
+    with pytest.raises(DataError, match="holds no pictures"):
+        read_folder(tmp_path)
+    save(tmp_path / "cat_0000.png", "red")
+    save(tmp_path / "cat_0001.png", "red", (9, 9))
+    with pytest.raises(DataError, match=r"cat_0001\.png is 9x9, not 8x8"):
+        read_folder(tmp_path)
+    (tmp_path / "cat_0001.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"cat_0001\.png cannot be read"):
+        read_folder(tmp_path)
+
+
+def test_scales_of_a_sweep():
+    assert parse_scales("2,1,1.5,1") == [1.0, 1.5, 2.0]
+
+
+def read_scores(folder) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "scores.jsonl").read_text().splitlines()]
+
+
+def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):  # noqa: F811
+    status, said = call(train_model, *FULL)
+    assert status == 0, said
+    arguments = ["--samples", 2, "--sampler", "ddim", "--steps", 4, "--seed", 5, "--device", "cpu"]
+    status, said = call(evaluate_samples, *arguments, "--sweep", "1,3", "--no-inception")
+    assert status == 0, said
+    assert "class agreement" in said and "held-out" in said and "--no-inception" in said
+    records = read_scores("checkpoints/evaluation")
+    assert [record["guidance_scale"] for record in records] == [1, 3]
+    for record in records:
+        assert record["n"] == 20 and record["sampler"] == "ddim" and record["seed"] == 5
+        assert record["num_inference_steps"] == 4 and record["weights"] == "EMA"
+        assert len(record["hash"]) == 16 and record["reference"]["train"] == 300
+    assert records[0]["colour"] != records[1]["colour"]
+    for name in ("confusion", "nearest", "guidance_sweep"):
+        with Image.open(f"checkpoints/evaluation/{name}.png") as picture:
+            assert min(picture.size) > 200
+
+    # The same pictures again, whatever the batch size.
+    call(evaluate_samples, *arguments, "--guidance", 3, "--batch-size", 7, "--no-inception")
+    again = read_scores("checkpoints/evaluation")[2]
+    for part in ("mean", "std"):
+        assert again["colour"][part] == pytest.approx(records[1]["colour"][part], abs=0.01)
+
+    for name in ("cat", "dog"):
+        save(Path("mine", f"{name}_0.png"), "red", (16, 16))
+    status, said = call(evaluate_samples, "--pictures", "mine", "--dataset", "pictograms",
+                        "--no-inception", "--device", "cpu")  # fmt: skip
+    assert status == 0, said
+    (record,) = read_scores("mine/evaluation")
+    assert record["pictures"] == "mine" and record["colour"]["mean"] == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["--samples", "0"], "at least 1"),
+        (["--sweep", "1,two"], "--sweep"),
+        (["--sampler", "ddmp"], "ddpm"),
+        (["--steps", "51"], "exceeds the 50"),
+        (["--pictures", "absent"], "no folder"),
+        (["--device", "warp"], "warp"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, arguments, word):  # noqa: F811
+    if arguments[0] not in ("--pictures",):
+        call(train_model, *FULL)
+    status, said = call(evaluate_samples, *arguments, "--no-inception")
+    assert status != 0
+    assert_one_sentence(said, word)
+
+
+def test_no_checkpoint_is_one_sentence(call):  # noqa: F811
+    status, said = call(evaluate_samples)
+    assert status == 1
+    assert_one_sentence(said, "no usable checkpoint")
