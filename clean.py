@@ -15,7 +15,8 @@ from training_monitor import RUN_DIRECTORIES, RunInUse, refuse_second_run
 
 RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[0-9]*",
         "checkpoints_overfit_[0-9]*", "checkpoints_demo_[0-9]*", "generated_images")  # fmt: skip
-CACHES = ("data/prepared", ".venv", ".pytest_cache", "**/__pycache__")
+CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pytest_cache",
+          "**/__pycache__")  # fmt: skip
 CUDA_CACHES = (Path.home() / ".nv" / "ComputeCache", Path.home() / ".triton" / "cache")
 
 
