@@ -154,17 +154,18 @@ def build_model(config: Config, device):
 
     from conditional_diffusion import CosineNoiseScheduler, UNet
 
-    torch.manual_seed(config.train.seed)
-    model = UNet(
-        image_size=config.data.image_size, num_classes=len(CLASS_NAMES), **vars(config.model)
-    ).to(device)
     scheduler = CosineNoiseScheduler(
         config.diffusion.num_train_timesteps,
         image_size=config.data.image_size,
         reference_size=config.diffusion.reference_size,
         prediction_type=config.diffusion.prediction_type,
-    ).to(device)
-    return model, scheduler
+    )
+    torch.manual_seed(config.train.seed)
+    model = UNet(
+        scheduler.alphas_cumprod, prediction_type=scheduler.prediction_type,
+        image_size=config.data.image_size, num_classes=len(CLASS_NAMES), **vars(config.model),
+    )  # fmt: skip
+    return model.to(device), scheduler.to(device)
 
 
 def build_sampler(config: Config, scheduler, *, grid: bool = False):

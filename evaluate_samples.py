@@ -37,13 +37,14 @@ from config import CLASS_NAMES, Config, ConfigError
 from data import Split, load_splits, to_images
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
-from training_monitor import progress, say
+from training_monitor import labelled_grid, progress, save_image, say
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory)
 PER_CLASS = {"cuda": 1000, "cpu": 50}  # pictures drawn unless --samples says otherwise
 INCEPTION_TITLES = {"fid": "FID", "kid_mean": "KID", "precision": "precision",
                     "recall": "recall", "inception_score_mean": "Inception Score"}  # fmt: skip
 INCEPTION_CACHE = Path("data/inception")
+GRID_ROWS = 4  # of the samples shown; they are the first ones, not chosen
 AT_ONCE = 500  # pictures kept as float32 before they become bytes
 
 
@@ -245,6 +246,9 @@ def main() -> int:
                 f"{facts['sampler']}, {facts['num_inference_steps']} steps, guidance {scale:g}, "
                 f"{per_class} pictures per class")  # fmt: skip
             pictures = drawing.draw(config, per_class, seed)
+            first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
+            grid = labelled_grid(first, CLASS_NAMES, f"guidance {scale:g}, {facts['weights']}")
+            save_image(grid, output / f"samples_guidance_{scale:g}.png")
         scores = evaluator.scores(pictures)
         record = {**facts, "reference": evaluator.facts(), **scores.report}
         record["inception"] = inception_part(pictures, splits, args, device)

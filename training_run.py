@@ -25,6 +25,7 @@ from training_monitor import (
 )
 
 PASS_PSNR = 20.0  # dB to the nearest training image; the overfit run's pass mark
+MEASURED_IMAGES = 1000  # from which the power of every frequency is taken
 GRID_ROWS = 4  # pictures per class in a grid, of runs that train on more than one image each
 
 
@@ -74,6 +75,8 @@ class Run:
             splits["train"], config.data, train.batch_size, train.seed, device
         )
         self.model, self.scheduler = build_model(config, device)
+        if saved is None:  # else it comes with the weights
+            self.model.wiener.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])
         self.engine = TrainingEngine(
             self.model, self.scheduler,
             total_steps=train.epochs * self.batches.steps_per_epoch,
@@ -92,14 +95,14 @@ class Run:
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
         self.reported_skips = self.engine.skipped_steps
-        # Evenly over the held-out set, which is sorted by class.
-        held_out = splits["test"]
-        count = min(train.validation_images, len(held_out))
-        index = [i * len(held_out) // max(1, count) for i in range(count)]
-        self.validation = (
-            to_x_start(held_out.images[index].to(device), config.data.image_size),
-            held_out.labels[index].to(device),
-        )
+        self.validation = self.spread_images(splits["test"], train.validation_images)
+
+    def spread_images(self, split: Split, most: int) -> tuple[Tensor, Tensor]:
+        """(x_start, labels) of at most so many images, evenly over a split sorted by class."""
+        count = min(most, len(split))
+        index = torch.arange(count) * len(split) // max(1, count)
+        x_start = to_x_start(split.images[index].to(self.device), self.config.data.image_size)
+        return x_start, split.labels[index].to(self.device)
 
     def sample(self, model, rows: int, *, grid: bool) -> Tensor:
         """Pictures (rows * classes, 3, H, W), classes taking turns; all of row r have seed r."""

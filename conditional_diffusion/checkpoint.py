@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 FORMAT = "conditional_diffusion"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the network has a Wiener preconditioner
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizer"}
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
@@ -141,7 +141,8 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
         )
     if state.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {state.get('version')}; this program reads {FORMAT_VERSION}"
+            f"{path} has format version {state.get('version')}, this program reads "
+            f"{FORMAT_VERSION}; use the version of the program that wrote it, or train anew"
         )
     if missing := REQUIRED_KEYS - state.keys():
         raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")

@@ -1,8 +1,8 @@
 """The U-Net: predicts the training target from a noisy image, its timestep and its class.
 
-The trunk works on patches: an orthonormal transform turns every p x p pixel patch into p * p
-frequency coefficients per colour, so that a 128x128 image enters as a 32x32 grid (p = 4). Depth
-then sits at 32, 16 and 8, where the information of an enlarged 32x32 picture is.
+The trunk works on patches: an orthonormal transform turns every p x p pixels into their frequencies
+of colour, row and column, so that a 128x128 image enters as a 32x32 grid (p = 4). Depth then sits
+at 32, 16 and 8, where the information of an enlarged 32x32 picture is.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FILTER_SIZE = 5  # patches a side that the linear path from input to output looks at
+from .wiener import WienerPreconditioner, dct_matrix
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -23,24 +23,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def patch_basis(patch_size: int) -> Tensor:
-    """Orthonormal two-dimensional DCT-II basis (p * p, 1, p, p): first the mean, then detail."""
-    n = torch.arange(patch_size, dtype=torch.float64)
-    cosines = torch.cos(math.pi / patch_size * (n[None] + 0.5) * n[:, None])
-    cosines *= math.sqrt(2 / patch_size)
-    cosines[0] /= math.sqrt(2)
-    basis = torch.einsum("ui,vj->uvij", cosines, cosines)
-    return basis.reshape(patch_size**2, 1, patch_size, patch_size).float()
-
-
-def filter_each(x: Tensor, kernels: Tensor) -> Tensor:
-    """Each channel of x (B, C, H, W) convolved with its own kernel, kernels (B, C * K * K)."""
-    B, C, H, W = x.shape
-    kernels = kernels.view(B * C, 1, FILTER_SIZE, FILTER_SIZE)
-    filtered = F.conv2d(
-        x.reshape(1, B * C, H, W), kernels, padding=FILTER_SIZE // 2, groups=B * C
-    )
-    return filtered.view(B, C, H, W)
+def patch_basis(patch_size: int, channels: int) -> Tensor:
+    """Orthonormal DCT-II basis of patches (C p^2, C, p, p): first their mean, then detail."""
+    space, colour = dct_matrix(patch_size), dct_matrix(channels)
+    basis = torch.einsum("kc,ui,vj->kuvcij", colour, space, space)
+    return basis.reshape(channels * patch_size**2, channels, patch_size, patch_size).float()
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -117,12 +104,13 @@ class UNet(nn.Module):
     """Class-conditional U-Net; `forward(x_t, timesteps, class_labels)` has the shape of x_t.
 
     Two things beside the usual trunk make it learn in few steps. A learned position map is added
-    to the first feature map, because at high noise a layout can come from nowhere else. And the
-    input reaches the output through one small linear filter per patch frequency, a function of the
-    timestep: the noise part of the prediction, which in enlarged pictures is all there is at high
-    frequencies, need not squeeze through the trunk (cf. c_skip of Karras et al. 2022, eq. 7).
+    to the first feature map, because at high noise a layout can come from nowhere else. And input
+    and output go through a WienerPreconditioner, to be given the data with `wiener.measure` before
+    training.
 
     Args:
+        alphas_cumprod: of the noise schedule, (T,).
+        prediction_type: the training target, as of CosineNoiseScheduler.
         image_size: height and width of x_t in pixels.
         num_classes: labels run 0..num_classes-1; `null_label` = num_classes means "no class".
         base_channels: level i has base_channels * channel_mult[i] channels.
@@ -134,7 +122,9 @@ class UNet(nn.Module):
 
     def __init__(
         self,
+        alphas_cumprod: Tensor,
         *,
+        prediction_type: str = "v_prediction",
         image_size: int = 128,
         num_classes: int = 10,
         in_channels: int = 3,
@@ -160,6 +150,9 @@ class UNet(nn.Module):
         self.image_size, self.in_channels = image_size, in_channels
         self.patch_size, self.null_label = patch_size, num_classes
         self.time_embed_dim = time_embed_dim
+        self.wiener = WienerPreconditioner(
+            alphas_cumprod, prediction_type, image_size, in_channels
+        )
 
         self.time_mlp = nn.Sequential(
             nn.Linear(time_embed_dim, time_embed_dim),
@@ -170,12 +163,11 @@ class UNet(nn.Module):
         self.class_embedding = nn.Embedding(num_classes + 1, class_embed_dim)
         cond_dim = time_embed_dim + class_embed_dim
 
-        # The transform is orthonormal: white noise stays white, and its transpose is its inverse.
-        basis = patch_basis(patch_size).repeat(in_channels, 1, 1, 1)
-        self.register_buffer("basis", basis, persistent=False)
-        coefficients, size = len(basis), image_size // patch_size
+        # Learning in this basis takes fewer steps than on the bare pixels of a patch.
+        self.register_buffer("basis", patch_basis(patch_size, in_channels), persistent=False)
+        patch_channels, size = len(self.basis), image_size // patch_size
         widths = [base_channels * mult for mult in channel_mult]
-        self.stem = nn.Conv2d(coefficients, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
         self.position = nn.Parameter(0.5 * torch.randn(1, widths[0], size, size))
 
         def stage(in_channels: int, level: int) -> Stage:
@@ -197,16 +189,17 @@ class UNet(nn.Module):
                 self.up[-1].append(stage(channels + skip_channels.pop(), level))
                 channels = widths[level]
         self.out_norm = group_norm(channels)
-        self.out = zeroed(nn.Conv2d(channels, coefficients, 3, padding=1))
-        self.input_filter = zeroed(nn.Linear(time_embed_dim, coefficients * FILTER_SIZE**2))
+        self.out = zeroed(nn.Conv2d(channels, patch_channels, 3, padding=1))
 
     def forward(self, x_t: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
         time = self.time_mlp(timestep_embedding(timesteps, self.time_embed_dim))
         cond = F.silu(torch.cat([time, self.class_embedding(class_labels)], dim=1))
+        return self.wiener(lambda x: self.trunk(x, cond), x_t, timesteps)
 
-        patch = {"stride": self.patch_size, "groups": self.in_channels}
-        patches = F.conv2d(x_t, self.basis, **patch)  # (B, C p^2, H / p, W / p)
+    def trunk(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B, C, H, W), cond (B, cond_dim) -> (B, C, H, W)."""
+        patches = F.conv2d(x, self.basis, stride=self.patch_size)  # (B, C p^2, H / p, W / p)
         h = self.stem(patches) + self.position
         skips = []
         for level, stages in enumerate(self.down):
@@ -223,5 +216,4 @@ class UNet(nn.Module):
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), cond)
         h = self.out(F.silu(self.out_norm(h)))
-        h = h + filter_each(patches, self.input_filter(time))
-        return F.conv_transpose2d(h, self.basis, **patch)
+        return F.conv_transpose2d(h, self.basis, stride=self.patch_size)

@@ -45,7 +45,7 @@ def tiny_model():
 
     def build(seed: int = 0, **overrides) -> UNet:
         torch.manual_seed(seed)
-        return UNet(**{**TINY, **overrides})
+        return UNet(CosineNoiseScheduler(50).alphas_cumprod, **{**TINY, **overrides})
 
     return build
 

@@ -253,16 +253,18 @@ def test_epsilon_loss_of_a_fresh_network_is_one(schedule, tiny_model):
 def test_one_batch_can_be_overfitted(schedule, tiny_model):
     model = tiny_model()
     engine = engine_for(
-        model, schedule(), total_steps=60, learning_rate=1e-2, warmup_steps=5,
+        model, schedule(), total_steps=120, learning_rate=1e-2, warmup_steps=5,
         final_lr_fraction=0.05, class_dropout_prob=0.0, min_snr_gamma=0.0,
     )  # fmt: skip
-    x_start, labels = images(4)
+    # White pictures, about which the linear guess knows nothing.
+    x_start = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4)
     many = (x_start.repeat(8, 1, 1, 1), labels.repeat(8))  # 32 noise levels of the same pictures
     before = engine.validation_loss(model, *many, 32)
     assert engine.fit(endless((x_start, labels)))
-    # Measured 0.25 to 0.3 of the loss of a zero prediction; without learning it stays at 1.
-    assert engine.validation_loss(model, *many, 32) < 0.45 * before
-    assert engine.validation_loss(engine.ema_model, *many, 32) < 0.45 * before
+    # Measured 0.58; without learning it stays at 1.
+    for trained in (model, engine.ema_model):
+        assert engine.validation_loss(trained, *many, 32) < 0.75 * before
 
 
 def test_bfloat16_autocast_trains_float32_weights(schedule, awake_model):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from conditional_diffusion import UNet
-from conditional_diffusion.unet import FILTER_SIZE, patch_basis, timestep_embedding
+from conditional_diffusion import CosineNoiseScheduler, UNet
+from conditional_diffusion.unet import patch_basis, timestep_embedding
 from config import ModelConfig
 
 
@@ -38,9 +38,14 @@ def test_output_has_the_shape_of_the_input(awake_model, overrides, batch_size):
     assert output.isfinite().all() and output.any()
 
 
-def test_output_is_exactly_zero_at_initialisation(tiny_model):
-    output = tiny_model()(*inputs(11))  # all labels, the null label among them
-    assert_close(output, torch.zeros_like(output), rtol=0, atol=0)
+def test_trunk_is_exactly_zero_at_initialisation(tiny_model):
+    model = tiny_model()
+    x_t, timesteps, labels = inputs(11)  # all labels, the null label among them
+    outputs = []
+    trunk = model.trunk
+    model.trunk = lambda x, cond: outputs.append(trunk(x, cond)) or outputs[-1]
+    model(x_t, timesteps, labels)
+    assert outputs[0].shape == x_t.shape and not outputs[0].any()
 
 
 def test_dropout_acts_in_train_mode_only(awake_model):
@@ -80,10 +85,9 @@ def test_label_timestep_and_position_change_the_output(awake_model):
 
 
 def test_label_and_timestep_act_within_the_residual_blocks(awake_model):
-    """Not only through the filter on the input, which the timestep reaches on its own."""
+    """Not only through the linear guess, which knows the timestep on its own."""
     model = awake_model().eval()
-    torch.nn.init.zeros_(model.input_filter.weight)
-    torch.nn.init.zeros_(model.input_filter.bias)
+    model.wiener.alphas_cumprod.fill_(0.5)  # makes it the same at all timesteps
     x_t, timesteps, labels = inputs(2)
     reference = model(x_t, timesteps, labels)
     assert not torch.allclose(model(x_t, timesteps + 5, labels), reference, atol=1e-4)
@@ -100,50 +104,11 @@ def test_images_of_a_batch_do_not_see_each_other(awake_model):
 
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_patch_basis_is_orthonormal_and_starts_with_the_mean(p):
-    basis = patch_basis(p).double().flatten(1)
-    assert_close(basis @ basis.T, torch.eye(p * p, dtype=torch.float64), rtol=0, atol=1e-6)
-    # p * p equal entries of norm 1.
-    assert_close(basis[0], torch.full((p * p,), 1 / p, dtype=torch.float64), rtol=0, atol=1e-6)
-
-
-def input_kernels(model: UNet) -> torch.Tensor:
-    """The kernels of the linear path from input to output, (coefficients, K, K), to be written to.
-
-    One per patch frequency of each colour; the trunk is silent at initialisation.
-    """
-    return model.input_filter.bias.data.view(-1, FILTER_SIZE, FILTER_SIZE)
-
-
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_patch_transform_is_undone_at_the_output(tiny_model, patch_size):
-    """With the trunk at zero and kernels that copy, the network is the identity."""
-    model = tiny_model(patch_size=patch_size)
-    input_kernels(model)[:, FILTER_SIZE // 2, FILTER_SIZE // 2] = 1.0
-    x_t, timesteps, labels = inputs(2)
-    assert_close(model(x_t, timesteps, labels), x_t, rtol=0, atol=1e-5)
-
-
-def test_input_path_reaches_one_frequency_of_one_colour(tiny_model):
-    """Copying the first coefficient of the second colour: that colour's 2x2 patch means."""
-    model = tiny_model(patch_size=2)
-    input_kernels(model)[4, FILTER_SIZE // 2, FILTER_SIZE // 2] = 1.0  # 2 * 2 to a colour
-    x_t, timesteps, labels = inputs(2)
-    expected = torch.zeros_like(x_t)
-    for row in range(0, 16, 2):
-        for column in range(0, 16, 2):
-            patch = x_t[:, 1, row : row + 2, column : column + 2]
-            expected[:, 1, row : row + 2, column : column + 2] = patch.mean((1, 2))[:, None, None]
-    assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=1e-5)
-
-
-def test_input_path_filters_across_patches(tiny_model):
-    """A tap one row below and two columns right of the centre fetches the patch from there."""
-    model = tiny_model(patch_size=2)
-    input_kernels(model)[:, FILTER_SIZE // 2 + 1, FILTER_SIZE // 2 + 2] = 1.0
-    x_t, timesteps, labels = inputs(2)
-    expected = torch.zeros_like(x_t)  # zero where there is no such patch
-    expected[:, :, :-2, :-4] = x_t[:, :, 2:, 4:]
-    assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=1e-5)
+    basis = patch_basis(p, 3).double().flatten(1)
+    assert_close(basis @ basis.T, torch.eye(3 * p * p, dtype=torch.float64), rtol=0, atol=1e-6)
+    # Equal entries of norm 1: the patch's mean over colours and pixels.
+    mean = torch.full((3 * p * p,), (3 * p * p) ** -0.5, dtype=torch.float64)
+    assert_close(basis[0], mean, rtol=0, atol=1e-6)
 
 
 def test_timestep_embedding_is_the_sinusoid_formula():
@@ -173,16 +138,15 @@ def test_wrong_number_of_res_block_entries_is_refused(tiny_model, num_res_blocks
 def test_default_model_is_the_one_that_checkpoints_hold():
     """Pinned: a change here makes every existing checkpoint unreadable and must be meant.
 
-    Both numbers were read off the default model when these tests were written. The basis is
-    absent because it follows from patch_size.
+    Both numbers were read off the default model when it took its present form.
     """
-    state = UNet().state_dict()
+    state = UNet(CosineNoiseScheduler().alphas_cumprod).state_dict()
     assert {name.split(".")[0] for name in state} == {
         "time_mlp", "class_embedding", "stem", "position", "down", "middle", "up", "out_norm",
-        "out", "input_filter",
+        "out", "wiener",
     }  # fmt: skip
-    assert len(state) == 298
-    assert sum(p.numel() for p in state.values()) == 18_591_392
+    assert len(state) == 297
+    assert sum(p.numel() for p in state.values()) == 18_485_744
 
 
 def test_defaults_agree_with_the_config():

@@ -1,0 +1,102 @@
+"""Wiener preconditioning: the network learns only what the best linear guess leaves open.
+
+Pictures are far from white: in enlarged ones nearly all the power lies in a few low frequencies,
+and in brightness rather than colour. Given the power of every frequency of the data, the training
+target has a best linear guess from x_t in closed form (a Wiener filter). The network sees x_t with
+all frequencies at unit variance and predicts the rest in units of its size. This is what c_in,
+c_skip and c_out are in Karras et al. 2022, sec. 5, with one sigma_data per frequency instead of one
+for all.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST_STD = 1e-3  # of a frequency: data may lack it, a network must still be able to draw it
+
+
+def dct_matrix(size: int) -> Tensor:
+    """The orthonormal DCT-II (size, size), float64: row k is the cosine of frequency k."""
+    n = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * (n[None] + 0.5) * n[:, None]) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def linear_prediction(
+    alphas_cumprod: Tensor, std: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best linear guess of the training target from x_t alone, and what it leaves open.
+
+    For a quantity c of mean 0 and this std, seen as x = a c + b n with a^2 = alphas_cumprod, b^2 =
+    1 - a^2 and n of unit variance, the target is p c + q n. Then
+
+        variance of x:  V = a^2 std^2 + b^2
+        guess:          x (p a std^2 + q b) / V
+        its error:      std |p b - q a| / sqrt(V), as a standard deviation.
+
+    Returns (factor of x, error, V), the shapes broadcast.
+    """
+    a, b = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    p, q = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-b, a)}[prediction_type]
+    variance = a**2 * std**2 + b**2
+    slope = (p * a * std**2 + q * b) / variance
+    return slope, std * abs(p * b - q * a) / variance.sqrt(), variance
+
+
+class WienerPreconditioner(nn.Module):
+    """Wraps a network's input and output for pictures (B, C, S, S); see the module's text.
+
+    Until `measure` has seen data, every frequency counts as of unit variance.
+
+    Args:
+        alphas_cumprod: of the noise schedule, (T,).
+        prediction_type: the training target, as of CosineNoiseScheduler.
+        image_size: S. channels: C.
+    """
+
+    std: Tensor  # (C, S, S), by frequency of colour, row and column
+
+    def __init__(
+        self, alphas_cumprod: Tensor, prediction_type: str, image_size: int, channels: int
+    ):
+        super().__init__()
+        self.prediction_type = prediction_type
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+        self.register_buffer("space", dct_matrix(image_size).float(), persistent=False)
+        self.register_buffer("colour", dct_matrix(channels).float(), persistent=False)
+        self.register_buffer("std", torch.ones(channels, image_size, image_size))
+
+    def spectrum(self, x: Tensor) -> Tensor:
+        """Frequencies of x, of the same shape (B, C, S, S); white noise stays white noise."""
+        x = torch.einsum("kc,bchw->bkhw", self.colour, x)
+        return self.space @ x @ self.space.T
+
+    def picture(self, spectrum: Tensor) -> Tensor:
+        """Inverse of spectrum."""
+        x = self.space.T @ spectrum @ self.space
+        return torch.einsum("kc,bkhw->bchw", self.colour, x)
+
+    @torch.no_grad()
+    def measure(self, x_start: Tensor) -> None:
+        """Take the power of each frequency from images (N, C, S, S)."""
+        power = sum(self.spectrum(chunk).square().sum(0) for chunk in x_start.split(100))
+        self.std.copy_((power / len(x_start)).sqrt().clamp(min=SMALLEST_STD))
+
+    def forward(
+        self, network: Callable[[Tensor], Tensor], x_t: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """The guess plus what `network` makes of the whitened x_t; x_t (B, C, S, S)."""
+        alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        # Most of the output may be the input's own noise, which has to cancel: no autocast.
+        with torch.autocast(x_t.device.type, enabled=False):
+            slope, error, variance = linear_prediction(
+                alphas_cumprod, self.std, self.prediction_type
+            )  # each (B, C, S, S)
+            spectrum = self.spectrum(x_t.float())
+            white = self.picture(spectrum * variance.rsqrt())
+        residual = network(white)
+        with torch.autocast(x_t.device.type, enabled=False):
+            return self.picture(slope * spectrum + error * self.spectrum(residual.float()))

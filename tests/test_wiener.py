@@ -1,0 +1,137 @@
+"""The preconditioner against least squares, closed forms and a plain cosine transform."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from conditional_diffusion.wiener import WienerPreconditioner, dct_matrix, linear_prediction
+
+
+def gaussian(std: float, alphas_cumprod: float, prediction_type: str, n: int = 200_000):
+    """(x_t, target) of independent values with this std under this much noise, float64 (n,)."""
+    generator = torch.Generator().manual_seed(0)
+    values, noise = torch.randn(2, n, dtype=torch.float64, generator=generator)
+    values, a, b = values * std, math.sqrt(alphas_cumprod), math.sqrt(1 - alphas_cumprod)
+    targets = {"epsilon": noise, "sample": values, "v_prediction": a * noise - b * values}
+    return a * values + b * noise, targets[prediction_type]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("alphas_cumprod", [0.999, 0.5, 0.001])
+@pytest.mark.parametrize("std", [0.01, 0.5, 2.0])
+def test_linear_prediction_is_that_of_least_squares(std, alphas_cumprod, prediction_type):
+    x_t, target = gaussian(std, alphas_cumprod, prediction_type)
+    found = linear_prediction(
+        torch.tensor(alphas_cumprod).double(), torch.tensor(std).double(), prediction_type
+    )
+    slope = (x_t @ target) / (x_t @ x_t)
+    residual = target - slope * x_t
+    # n = 200000: five standard errors are a little more than 0.01 of the spread.
+    assert abs(found[0] - slope) * x_t.std() < 0.012 * target.std()
+    assert found[1].item() == pytest.approx(residual.std().item(), rel=0.02)
+    assert found[2].item() == pytest.approx(x_t.var().item(), rel=0.02)
+
+
+def test_linear_prediction_of_v_for_unit_data_is_nothing():
+    """Salimans & Ho 2022: v of unit-variance data has unit variance and no correlation with x."""
+    abar = torch.linspace(0.001, 0.999, 9)
+    slope, error, variance = linear_prediction(abar, torch.ones(()), "v_prediction")
+    for found, expected in ((slope, 0.0), (error, 1.0), (variance, 1.0)):
+        assert_close(found, torch.full_like(abar, expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_cosine_transform_is_orthonormal_and_orders_frequencies(size):
+    matrix = dct_matrix(size)
+    assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    # Row k changes its sign k times.
+    assert (matrix.sign().diff(dim=1) != 0).sum(1).tolist() == list(range(size))
+
+
+@pytest.fixture
+def make(schedule):
+    def build(prediction_type="v_prediction", size=8):
+        return WienerPreconditioner(schedule().alphas_cumprod, prediction_type, size, 3)
+
+    return build
+
+
+def images(count: int, size: int = 8, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, size, size, generator=generator)
+
+
+def test_spectrum_is_undone_and_keeps_the_length(make):
+    wiener, x = make(), images(2)
+    spectrum = wiener.spectrum(x)
+    assert_close(wiener.picture(spectrum), x, rtol=0, atol=1e-5)
+    assert_close(spectrum.norm(), x.norm())
+
+
+def test_a_pattern_has_its_power_at_its_own_frequency(make):
+    wiener = make()
+    rows = torch.cos(math.pi / 8 * (torch.arange(8) + 0.5) * 3).view(1, 1, 8, 1)
+    grey = rows.expand(5, 3, 8, 8) * 2
+    red_blue = rows.expand(5, 1, 8, 8) * torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1)
+    for pictures, place in ((grey, (0, 3, 0)), (red_blue, (1, 3, 0))):
+        wiener.measure(pictures)
+        assert wiener.std[place].item() == pytest.approx(pictures[0].norm().item(), rel=1e-5)
+        rest = wiener.std.clone()
+        rest[place] = 1e-3
+        assert_close(rest, torch.full_like(rest, 1e-3))  # the least there is
+
+
+def test_measured_power_is_the_mean_over_all_images(make):
+    wiener, x = make(), images(250)  # more than one chunk
+    wiener.measure(x)
+    expected = torch.stack([wiener.spectrum(image[None])[0] for image in x]).square().mean(0)
+    assert_close(wiener.std, expected.sqrt())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_silent_network_gives_the_wiener_filter(make, schedule, prediction_type):
+    """On stationary Gaussian pictures no linear function of x_t comes nearer to the target."""
+    scheduler = schedule(prediction_type=prediction_type)
+    wiener = make(prediction_type)
+    shape = torch.linspace(2, 0.05, 3 * 64).view(3, 8, 8)
+    x_start = wiener.picture(shape * wiener.spectrum(images(4000)))
+    wiener.measure(x_start)
+    noise, timesteps = images(4000, seed=1), torch.full((4000,), 20)
+    x_t = scheduler.add_noise(x_start, noise, timesteps)
+    target = scheduler.training_target(x_start, noise, timesteps)
+    guess = wiener(torch.zeros_like, x_t, timesteps)
+    error = (guess - target).square().mean()
+    # The same data decide on the best matrix: it fits them slightly better, by 192 / 4000.
+    best = torch.linalg.lstsq(x_t.flatten(1).double(), target.flatten(1).double()).solution
+    least = (x_t.flatten(1).double() @ best - target.flatten(1).double()).square().mean()
+    assert 0.98 * least <= error <= 1.08 * least
+
+
+def test_network_sees_unit_variance_and_answers_in_units_of_the_error(make, schedule):
+    scheduler, wiener = schedule(), make()
+    x_start = wiener.picture(torch.linspace(2, 0.05, 192).view(3, 8, 8) * images(4000))
+    wiener.measure(x_start)
+    noise, timesteps = images(4000, seed=1), torch.full((4000,), 20)
+    x_t = scheduler.add_noise(x_start, noise, timesteps)
+    seen = []
+    guess = wiener(lambda x: seen.append(x) or torch.zeros_like(x), x_t, timesteps)
+    spread = wiener.spectrum(seen[0]).std(0)
+    assert_close(spread, torch.ones_like(spread), rtol=0, atol=0.06)  # n = 4000
+    # What is left of the target, as the network must say it, has unit variance too.
+    target = scheduler.get_velocity(x_start, noise, timesteps)
+    unit = wiener(torch.ones_like, 0 * x_t, timesteps)  # error * spectrum of ones
+    left = wiener.spectrum(target - guess)
+    flat = wiener.spectrum(torch.ones(1, 3, 8, 8))[0, 0, 0, 0]
+    error = wiener.spectrum(unit)[0, 0, 0, 0] / flat
+    assert left[:, 0, 0, 0].std().item() == pytest.approx(error.item(), rel=0.06)
+
+
+def test_linear_path_stays_in_full_precision_under_autocast(make):
+    """bfloat16 would leave three digits of the noise that has to cancel."""
+    wiener, x_t, timesteps = make(), images(3), torch.tensor([0, 20, 49])
+    wiener.measure(0.01 * images(20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = wiener(torch.zeros_like, x_t, timesteps)
+    assert torch.equal(output, wiener(torch.zeros_like, x_t, timesteps))
