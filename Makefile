@@ -9,10 +9,12 @@ BASE_PYTHON ?= python3
 
 ifdef PYTHON
   ENVIRONMENT := check-python
+  EVALUATION_ENVIRONMENT := check-python
   TEST_ENVIRONMENT := check-python
 else
   PYTHON := .venv/bin/python
   ENVIRONMENT := .venv/.installed
+  EVALUATION_ENVIRONMENT := .venv/.installed-eval
   TEST_ENVIRONMENT := .venv/.installed-dev
 endif
 
@@ -22,18 +24,27 @@ TRAIN_FLAGS = $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
   $(call flag,EPOCHS,--epochs) $(call flag,BATCH_SIZE,--batch-size) $(call flag,SEED,--seed) \
   $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(if $(filter 1 yes true,$(FRESH)),--fresh) $(ARGS)
 GENERATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,SAMPLES,--samples) \
-  $(call flag,CLASSES,--classes) $(call flag,GUIDANCE,--guidance) $(call flag,STEPS,--steps) \
-  $(call flag,SEED,--seed) $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
+  $(call flag,CLASSES,--classes) $(call flag,SAMPLER,--sampler) $(call flag,STEPS,--steps) \
+  $(call flag,GUIDANCE,--guidance) $(call flag,SEED,--seed) $(call flag,BATCH_SIZE,--batch-size) \
+  $(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) \
+  $(if $(filter 1 yes true,$(GRID)),--grid-only) \
+  $(if $(filter 1 yes true,$(TRAJECTORY)),--trajectory) $(ARGS)
+EVALUATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,PICTURES,--pictures) \
+  $(call flag,SAMPLES,--samples) $(call flag,SWEEP,--sweep) $(call flag,SAMPLER,--sampler) \
+  $(call flag,GUIDANCE,--guidance) $(call flag,STEPS,--steps) $(call flag,SEED,--seed) \
+  $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
+  $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
 CLEAN_FLAGS = $(if $(filter 1 yes true,$(CONFIRM)),--yes)
 
-.PHONY: help install demo data train overfit test quick-test generate status monitor gpu-status \
-  bench check clean clean-all clean-cuda check-python
+.PHONY: help install demo data train overfit test quick-test generate evaluate status monitor \
+  gpu-status bench check clean clean-all clean-cuda check-python
 
 help:  ## This list
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14 | sed 's/^/  /'
 	@echo
-	@echo "variables: DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES CLASSES GUIDANCE STEPS SEED"
+	@echo "variables: DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES SEED CLASSES SAMPLER STEPS GUIDANCE"
+	@echo "           OUTPUT GRID=1 (no single pictures) TRAJECTORY=1 (noise to picture, animated)"
 	@echo "           CHECKPOINT DEVICE FRESH=1 CONFIRM=yes PYTHON (use this interpreter as it is)"
 	@echo "           ARGS='--train.learning_rate 3e-4' (any setting; python train_model.py --help)"
 
@@ -62,6 +73,9 @@ quick-test: $(ENVIRONMENT)  ## Two epochs of overfit: a smoke run of everything
 
 generate: $(ENVIRONMENT)  ## Pictures and a labelled grid from the newest usable checkpoint
 	@$(PYTHON) generate_samples.py $(GENERATE_FLAGS)
+
+evaluate: $(EVALUATION_ENVIRONMENT)  ## Scores of a checkpoint's samples, or of PICTURES=folder
+	@$(PYTHON) evaluate_samples.py $(EVALUATE_FLAGS)
 
 status:  ## Training state and the checkpoints that exist
 	@$(BASE_PYTHON) run_status.py status
@@ -99,6 +113,11 @@ clean-cuda:  ## Show who holds GPU memory, clear compile and kernel caches
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt || { \
 	  echo "error: the installation failed; with packages of your own use PYTHON=python3" >&2; exit 1; }
 	@touch $@
+
+# Without the network the scores that need no more than the run-time packages remain.
+.venv/.installed-eval: requirements-eval.txt .venv/.installed
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-eval.txt \
+	  && touch $@ || echo "requirements-eval.txt could not be installed: no FID this time" >&2
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt

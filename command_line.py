@@ -1,11 +1,9 @@
 """What the scripts share: flags for every setting, errors in one sentence, the device."""
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import config as settings
 from config import CLASS_NAMES, Config, ConfigError
@@ -180,29 +178,3 @@ def build_sampler(config: Config, scheduler, *, grid: bool = False):
         guidance_scale=sample.guidance_scale, guidance_interval=sample.guidance_interval,
         clip_x_start=sample.clip_x_start, **options,
     )  # fmt: skip
-
-
-def open_checkpoint(name: str | None) -> tuple[Path, dict]:
-    """The checkpoint asked for, or the newest usable one: full before overfit before demo.
-
-    name: a checkpoint file or a run directory.
-    """
-    from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
-    from training_monitor import RUN_DIRECTORIES, say
-
-    folders = [Path(name)] if name and Path(name).is_dir() else list(RUN_DIRECTORIES.values())
-    if name and not Path(name).is_dir():
-        return Path(name), load_checkpoint(Path(name))
-    found = load_newest(folders, warn=say)
-    if found is None:
-        searched = ", ".join(f"{folder}/" for folder in folders)
-        raise CheckpointError(
-            f"no usable checkpoint in {searched}; train one first: make demo, make train"
-        )
-    return found
-
-
-def file_hash(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -22,19 +22,16 @@ from command_line import (
     SAMPLING_FLAGS,
     Parser,
     add_config_flags,
-    build_model,
-    build_sampler,
     choose_device,
     config_overrides,
     exit_with,
-    file_hash,
-    open_checkpoint,
     parse_count,
 )
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
-from config import CLASS_NAMES, Config, ConfigError
+from config import CLASS_NAMES, ConfigError
 from data import Split, load_splits, to_images
+from drawing import Drawing, open_checkpoint
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
 from training_monitor import labelled_grid, progress, save_image, say
@@ -49,7 +46,8 @@ AT_ONCE = 500  # pictures kept as float32 before they become bytes
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0] + " Sampler and steps are those of the "
+                    "grids drawn during training unless others are given.")  # fmt: skip
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
                         help="checkpoint file or run directory (default: the newest usable one)")
     parser.add_argument("--pictures", metavar="DIR",
@@ -72,15 +70,16 @@ def parse_arguments():
 
 
 def read_folder(folder: Path) -> Pictures:
-    """The pictures in a folder, squares of one size; classes come from file or folder names.
+    """The pictures in a folder and its class folders, squares of one size.
 
-    Where some have a class, those without, such as a grid, are left out.
+    Classes come from file or folder names. Where some have a class, those without, such as a grid,
+    are left out.
     """
     if not folder.is_dir():
         raise DataError(f"--pictures {folder} is no folder; name one that holds pictures")
     found = [(path, class_of(path.relative_to(folder))) for path in sorted(folder.rglob("*"))
              if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-             and "evaluation" not in path.parts]  # fmt: skip
+             and (path.parent == folder or locate(path.relative_to(folder)))]  # fmt: skip
     labelled = [(path, label) for path, label in found if label is not None]
     found = labelled or found
     if not found:
@@ -117,47 +116,20 @@ def parse_scales(text: str) -> list[float]:
         raise ConfigError(f"--sweep must be numbers separated by commas, not {text!r}") from None
 
 
-class Drawing:
-    """A checkpoint's model, ready to draw any number of pictures."""
+def draw(drawing: Drawing, per_class: int, seed: int) -> Pictures:
+    """per_class pictures of every class, each from a seed of its own."""
+    labels = torch.arange(per_class * len(CLASS_NAMES)) % len(CLASS_NAMES)
+    parts = []
+    with tqdm(total=len(labels), unit="picture", disable=None, leave=False) as bar:
 
-    def __init__(self, path: Path, state: dict, config: Config, device, raw: bool):
-        self.config, self.device = config, device
-        self.model, self.scheduler = build_model(config, device)
-        self.model.load_state_dict(state["model" if raw else "ema"])
-        self.facts = {
-            "checkpoint": str(path), "hash": file_hash(path), "step": state["step"],
-            "images_seen": state["images_seen"], "weights": "raw" if raw else "EMA",
-        }  # fmt: skip
+        def advance(done, x_t, x_start):
+            if done == len(drawing.sampler.timesteps):
+                bar.update(len(x_t))
 
-    def draw(self, config: Config, per_class: int, seed: int) -> Pictures:
-        """per_class pictures of every class, each from a seed of its own."""
-        sample, size = config.sample, config.data.image_size
-        sampler = build_sampler(config, self.scheduler)
-        labels = torch.arange(per_class * len(CLASS_NAMES)) % len(CLASS_NAMES)
-        parts = []
-        with tqdm(total=len(labels), unit="picture", disable=None, leave=False) as bar:
-            for chunk in torch.arange(len(labels)).split(AT_ONCE):
-                def advance(done, x_t, x_start):
-                    if done == sample.num_inference_steps:
-                        bar.update(len(x_t))
-                images = sampler.sample(
-                    self.model, labels[chunk].to(self.device), (3, size, size),
-                    [seed + i for i in chunk.tolist()], batch_size=sample.batch_size,
-                    callback=advance,
-                )  # fmt: skip
-                parts.append(to_images(images).cpu())
-        return Pictures(torch.cat(parts), labels)
-
-
-def sampler_facts(config: Config, seed: int) -> dict:
-    sample = config.sample
-    facts = {
-        "sampler": sample.sampler, "num_inference_steps": sample.num_inference_steps,
-        "guidance_scale": sample.guidance_scale,
-        "guidance_interval": list(sample.guidance_interval),
-        "clip_x_start": sample.clip_x_start, "seed": seed,
-    }  # fmt: skip
-    return {**facts, "eta": sample.eta} if sample.sampler == "ddim" else facts
+        for chunk in torch.arange(len(labels)).split(AT_ONCE):
+            seeds = [seed + i for i in chunk.tolist()]
+            parts.append(to_images(drawing.draw(labels[chunk], seeds, advance)).cpu())
+    return Pictures(torch.cat(parts), labels)
 
 
 def report_lines(record: dict) -> list[str]:
@@ -223,7 +195,11 @@ def main() -> int:
         config = settings.apply_overrides(settings.full(), overrides)
     else:
         path, state = open_checkpoint(args.checkpoint)
-        config = settings.apply_overrides(settings.from_dict(state["config"]), overrides)
+        config = settings.from_dict(state["config"])
+        # Thousands of pictures: the quick sampler, unless another is asked for.
+        quick = {"sample.sampler": config.sample.grid_sampler,
+                 "sample.num_inference_steps": config.sample.grid_steps}  # fmt: skip
+        config = settings.apply_overrides(config, quick | overrides)
     scales = parse_scales(args.sweep) if args.sweep else [config.sample.guidance_scale]
     device = choose_device(config)
     per_class = parse_count("--samples", args.samples or str(PER_CLASS[device.type]))
@@ -233,19 +209,22 @@ def main() -> int:
     reference = replace(config.data, samples_per_class=0, repeats=1)
     splits = load_splits(reference, seed=config.train.seed, progress=progress, say=say)
     evaluator = Evaluator(splits, config.data.image_size, device, progress=progress, say=say)
-    drawing = None if args.pictures else Drawing(path, state, config, device, args.raw)
+    drawing = None
+    if not args.pictures:
+        batch_size = config.sample.batch_size if "sample.batch_size" in overrides else None
+        drawing = Drawing(path, state, config, device, raw=args.raw, batch_size=batch_size)
     records = []
     for scale in scales:
         if drawing is None:
             facts = {"pictures": args.pictures}
             say(f"scoring {len(pictures.images)} pictures in {args.pictures}")
         else:
-            config = settings.apply_overrides(config, {"sample.guidance_scale": scale})
-            facts = {**drawing.facts, **sampler_facts(config, seed)}
-            say(f"scoring {path} (step {facts['step']}, {facts['weights']}) on {device}: "
-                f"{facts['sampler']}, {facts['num_inference_steps']} steps, guidance {scale:g}, "
-                f"{per_class} pictures per class")  # fmt: skip
-            pictures = drawing.draw(config, per_class, seed)
+            drawing.configure(
+                settings.apply_overrides(config, {"sample.guidance_scale": scale})
+            )
+            facts = {**drawing.facts(), "seed": seed}
+            say(f"scoring {per_class} pictures per class from {drawing}")
+            pictures = draw(drawing, per_class, seed)
             first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
             grid = labelled_grid(first, CLASS_NAMES, f"guidance {scale:g}, {facts['weights']}")
             save_image(grid, output / f"samples_guidance_{scale:g}.png")

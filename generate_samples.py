@@ -3,31 +3,40 @@
     python generate_samples.py                      # the newest usable checkpoint
     python generate_samples.py CHECKPOINT --samples 4 --classes cat,dog
 
-The model, its schedule and the sampler's settings come from the checkpoint.
+Settings of the sampler that are not given are the checkpoint's (below: the full run's); the batch
+size is what fits into memory.
 """
 
 import json
+import tempfile
+from collections.abc import Sequence
+from itertools import count, product
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import config as settings
 from command_line import (
+    SAMPLING_FLAGS,
     Parser,
-    build_model,
-    build_sampler,
+    add_config_flags,
     choose_device,
+    config_overrides,
     exit_with,
-    open_checkpoint,
     parse_classes,
     parse_count,
 )
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
-from config import Config, ConfigError
+from config import ConfigError
+from drawing import Drawing, open_checkpoint
 from training_monitor import (
     labelled_grid,
+    save_animation,
     save_image,
     say,
     to_uint8,
@@ -35,96 +44,199 @@ from training_monitor import (
 )
 
 USER_ERRORS = (ConfigError, CheckpointError, OutOfMemory)
+MOST_SAMPLES = 10_000  # pictures per class and call; their tensor takes 20 GB at 128x128
+GRID_ROWS = 50  # at most; a longer grid shows nothing more
+FRAMES, COLUMNS = 30, 8  # of the trajectory's animation and of its film strip
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=" ".join(__doc__.split("\n\n")[::2]))
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
                         help="checkpoint file or run directory (default: the newest usable one)")
     parser.add_argument("--samples", metavar="N", default="4", help="pictures per class (4)")
     parser.add_argument("--classes", metavar="C,C,...", help="names or indices (all)")
-    parser.add_argument("--steps", metavar="N", help="denoising steps (the checkpoint's)")
-    parser.add_argument("--guidance", metavar="SCALE",
-                        help="uncond + SCALE (cond - uncond); 1: none (the checkpoint's)")
     parser.add_argument("--seed", metavar="N", default="0",
                         help="seed of each class's first picture; the next ones follow (0)")
-    parser.add_argument("--batch-size", metavar="N", help="pictures denoised together")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of their EMA")
     parser.add_argument("--grid-only", action="store_true", help="the grid without single files")
+    parser.add_argument("--trajectory", action="store_true",
+                        help="also show how each class's first picture emerges from noise")
     parser.add_argument("--output", metavar="DIR", default="generated_images",
                         help="where the pictures go (generated_images)")
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda, ...")
+    add_config_flags(parser, ("sample",), SAMPLING_FLAGS)
     return parser.parse_args()
 
 
-def apply_flags(config: Config, args) -> Config:
-    """The checkpoint's config with the sampler's settings from the command line."""
-    overrides = {"train.device": args.device}
-    for value, name in ((args.steps, "sample.num_inference_steps"),
-                        (args.guidance, "sample.guidance_scale"),
-                        (args.batch_size, "sample.batch_size")):  # fmt: skip
-        if value is not None:
-            overrides[name] = value
-    return settings.apply_overrides(config, overrides)
+def parse_seeds(first: str, samples: str) -> list[int]:
+    """The seeds first, first + 1, ... of each class's pictures."""
+    rows = parse_count("--samples", samples)
+    if rows > MOST_SAMPLES:
+        raise ConfigError(f"--samples must be at most {MOST_SAMPLES}, not {rows}; draw the next "
+                          f"ones in another call, with --seed {MOST_SAMPLES}")  # fmt: skip
+    seed = settings.parse_value("--seed", int, first)
+    largest = settings.LARGEST_SEED - rows + 1
+    if not 0 <= seed <= largest:
+        raise ConfigError(f"--seed must lie in 0..{largest}, not {seed}")
+    return list(range(seed, seed + rows))
+
+
+def usable_folder(name: str) -> Path:
+    """The output folder, created if need be and tried before anything is drawn."""
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
+def set_aside(output: Path, class_names: tuple[str, ...]) -> None:
+    """Move an earlier call's results into a folder of their own: samples.json describes all here.
+
+    Other files stay where they are.
+    """
+    ours = ["samples.json", "grid.png", "trajectory.png", "trajectory.gif",
+            *(f"{name}_[0-9]*.png" for name in class_names)]  # fmt: skip
+    if earlier := [path for pattern in ours for path in output.glob(pattern)]:
+        folder = next(f for n in count(1) if not (f := output / f"earlier_{n}").exists())
+        folder.mkdir()
+        for path in earlier:
+            path.rename(folder / path.name)
+        say(f"earlier pictures moved to {folder}")
+
+
+def as_text(facts: dict) -> dict[str, str]:
+    """For the text chunks of a PNG; what is no text becomes JSON."""
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
+
+
+def evenly(items: Sequence, most: int) -> Sequence:
+    """At most so many of the items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+class Album:
+    """Puts pictures and the facts of how they were made into a folder.
+
+    Single pictures are written as soon as their batch is finished, so that an interruption keeps
+    them.
+
+    Args:
+        names, seeds: pictures come seed by seed, each seed in all named classes.
+        timesteps: those of the sampler's steps, descending.
+        facts: JSON-able; they stand in samples.json and in every file's text.
+    """
+
+    def __init__(self, output: Path, names: list[str], seeds: list[int], timesteps: list[int],
+                 facts: dict, *, single: bool, trajectory: bool):  # fmt: skip
+        self.output, self.names, self.seeds, self.timesteps = output, names, seeds, timesteps
+        self.facts, self.single = facts, single
+        self.pictures = [{"class": name, "seed": seed} for seed, name in product(seeds, names)]
+        self.batches: list[np.ndarray] = []  # uint8 (B, H, W, 3)
+        self.drawn = 0
+        # Per shown step the states of each class's first picture, under the number of the batch's
+        # first picture: a batch that runs out of memory comes again, in parts.
+        shown = evenly(range(1, len(timesteps) + 1), FRAMES) if trajectory else []
+        self.states: dict[int, dict[int, Tensor]] = {done: {} for done in shown}
+        self.bar = tqdm(
+            total=len(self.pictures), disable=None, dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]",
+        )  # fmt: skip
+
+    def on_step(self, done: int, x_t: Tensor, x_start: Tensor) -> None:
+        """The sampler's callback: steps done in this batch, its state and prediction."""
+        self.bar.update(self.drawn + len(x_t) * done / len(self.timesteps) - self.bar.n)
+        first = len(self.names) - self.drawn
+        if done in self.states and first > 0:
+            self.states[done][self.drawn] = torch.stack([x_t[:first], x_start[:first]]).cpu()
+        if done == len(self.timesteps):
+            self.add(to_uint8(x_t))
+
+    def add(self, images: np.ndarray) -> None:
+        """The next finished pictures, uint8 (B, H, W, 3)."""
+        for pixels, picture in zip(images, self.pictures[self.drawn :]):
+            if self.single:
+                picture["file"] = f"{picture['class']}_{picture['seed']:04d}.png"
+                text = as_text({**picture, **self.facts})
+                save_image(Image.fromarray(pixels), self.output / picture["file"], text)
+        self.batches.append(images)
+        self.drawn += len(images)
+
+    def finish(self) -> None:
+        """Write grid.png, samples.json and, where asked for, the trajectory."""
+        self.bar.close()
+        seeds = self.seeds[:GRID_ROWS]
+        images = np.concatenate(self.batches)[: len(seeds) * len(self.names)]
+        grid = labelled_grid(images, self.names, row_names=[f"seed {seed}" for seed in seeds])
+        facts = {**self.facts, "classes": self.names, "seeds": self.seeds}
+        save_image(grid, self.output / "grid.png", as_text({**facts, "seeds": seeds}))
+        if self.states:
+            self.draw_trajectory({**facts, "seeds": self.seeds[:1]})
+        write_json(self.output / "samples.json", {**facts, "pictures": self.pictures})
+
+    def draw_trajectory(self, facts: dict) -> None:
+        """trajectory.gif: all classes over time; trajectory.png: a row per class, time in columns.
+
+        Both show x_t and the x_start predicted on the way to it.
+        """
+        # Per step, (2 * classes, H, W, 3): first every class's x_t, then every class's x_start.
+        states = {
+            done: to_uint8(torch.cat(list(parts.values()), dim=1).flatten(0, 1))
+            for done, parts in self.states.items()
+        }
+        steps, classes = len(self.timesteps), len(self.names)
+        frames = [
+            labelled_grid(images, self.names, f"step {done} of {steps}",
+                          row_names=["x_t", "x_start"])
+            for done, images in states.items()
+        ]  # fmt: skip
+        save_animation(frames, self.output / "trajectory.gif", json.dumps(facts))
+
+        columns = evenly(list(states), COLUMNS)
+        film = np.stack([states[done] for done in columns])  # (columns, 2 * classes, H, W, 3)
+        gap = np.full_like(film[:1, :classes], 255)
+        film = np.concatenate([film[:, :classes], gap, film[:, classes:]]).swapaxes(0, 1)
+        names = [f"t={self.timesteps[done]}" if done < steps else "picture" for done in columns]
+        names += ["", *(f"from t={self.timesteps[done - 1]}" for done in columns)]
+        title = "left: x_t at timestep t; right: x_start, predicted from x_t"
+        strip = labelled_grid(film.reshape(-1, *film.shape[2:]), names, title, row_names=self.names)
+        save_image(strip, self.output / "trajectory.png", as_text(facts))
 
 
 def main() -> int:
     args = parse_arguments()
-    count = parse_count("--samples", args.samples)
-    first_seed = settings.parse_value("--seed", int, args.seed)
-    if not 0 <= first_seed <= settings.LARGEST_SEED - count:
-        raise ConfigError(f"--seed must lie in 0..{settings.LARGEST_SEED}, not {first_seed}")
+    seeds = parse_seeds(args.seed, args.samples)
     path, state = open_checkpoint(args.checkpoint)
-    config = apply_flags(settings.from_dict(state["config"]), args)
+    given = config_overrides(args)
+    config = settings.from_dict(state["config"])
+    config = settings.apply_overrides(config, {**given, "train.device": args.device})
     class_names = tuple(state["class_names"])
     classes = list(range(len(class_names)))
     if args.classes is not None:
         classes = parse_classes(args.classes, class_names)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-
     device = choose_device(config)
-    model, scheduler = build_model(config, device)
-    model.load_state_dict(state["model" if args.raw else "ema"])
-    sample = config.sample
-    sampler = build_sampler(config, scheduler)
-    seeds = [first_seed + row for row in range(count) for _ in classes]
-    labels = torch.tensor(classes, device=device).repeat(count)
-    say(f"drawing {len(seeds)} pictures from {path} (step {state['step']}) on {device}: DDPM, "
-        f"{sample.num_inference_steps} steps, guidance {sample.guidance_scale:g}")  # fmt: skip
-    batches = -(-len(seeds) // sample.batch_size)
-    with tqdm(total=batches * sample.num_inference_steps, unit="step", disable=None) as bar:
-        size = config.data.image_size
-        images = sampler.sample(
-            model, labels, (3, size, size), seeds, batch_size=sample.batch_size,
-            callback=lambda done, x_t, x_start: bar.update(1),
-        )  # fmt: skip
+    output = usable_folder(args.output)
 
-    facts = {
-        "checkpoint": str(path), "step": state["step"], "weights": "raw" if args.raw else "EMA",
-        "sampler": "DDPM", "num_inference_steps": sample.num_inference_steps,
-        "guidance_scale": sample.guidance_scale, "clip_x_start": sample.clip_x_start,
-    }  # fmt: skip
+    batch_size = config.sample.batch_size if "sample.batch_size" in given else None
+    drawing = Drawing(path, state, config, device, raw=args.raw, batch_size=batch_size)
+    set_aside(output, class_names)
     names = [class_names[index] for index in classes]
-    write_pictures(output, to_uint8(images), names, seeds, facts, single=not args.grid_only)
-    say(f"grid: {output / 'grid.png'}; facts: {output / 'samples.json'}")
+    say(f"drawing {len(seeds) * len(names)} pictures from {drawing}")
+    album = Album(
+        output, names, seeds, drawing.sampler.timesteps, drawing.facts(),
+        single=not args.grid_only, trajectory=args.trajectory,
+    )  # fmt: skip
+    drawing.draw(
+        torch.tensor(classes).repeat(len(seeds)), [seed for seed in seeds for _ in names],
+        album.on_step,
+    )  # fmt: skip
+    album.finish()
+    animation = f"; animation: {output / 'trajectory.gif'}" if args.trajectory else ""
+    say(f"grid: {output / 'grid.png'}; facts: {output / 'samples.json'}{animation}")
     return 0
-
-
-def write_pictures(
-    output: Path, images, names: list[str], seeds: list[int], facts: dict, *, single: bool
-) -> None:
-    """grid.png, samples.json and, where asked for, one CLASS_SEED.png per picture."""
-    from PIL import Image
-
-    pictures = [(names[i % len(names)], seed) for i, seed in enumerate(seeds)]
-    if single:
-        for pixels, (name, seed) in zip(images, pictures):
-            text = {"class": name, "seed": str(seed), "facts": json.dumps(facts)}
-            save_image(Image.fromarray(pixels), output / f"{name}_{seed:04d}.png", text)
-    save_image(labelled_grid(images, names), output / "grid.png", {"facts": json.dumps(facts)})
-    listed = [{"class": name, "seed": seed} for name, seed in pictures]
-    write_json(output / "samples.json", {**facts, "pictures": listed})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ RUN_DIRECTORIES = {
     "quick-test": Path("checkpoints_overfit/quick-test"),
 }  # in the order in which `make generate` looks for a checkpoint
 LINE_SECONDS = 10  # between progress lines where the output is not a terminal
+FRAME_MILLISECONDS = 100  # of an animation
 SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
 
 
@@ -203,7 +204,10 @@ def to_uint8(images):
     return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def labelled_grid(images, column_names: Sequence[str], title: str = "", least_side: int = 64):
+def labelled_grid(
+    images, column_names: Sequence[str], title: str = "", least_side: int = 64,
+    row_names: Sequence[str] = (),
+):  # fmt: skip
     """A PIL picture of uint8 images (N, H, W, 3), filled row by row under the column names.
 
     Images smaller than least_side pixels are enlarged to it so that the names fit.
@@ -213,21 +217,26 @@ def labelled_grid(images, column_names: Sequence[str], title: str = "", least_si
     side = max(images.shape[1], least_side)
     columns, rows = len(column_names), -(-len(images) // len(column_names))
     gap, text = 4, max(11, side // 8)
+    font = ImageFont.load_default(text)
     top = (text + 2 * gap) * (2 if title else 1)
-    size = (columns * (side + gap) + gap, top + rows * (side + gap))
+    left = gap + max((int(font.getlength(name)) + 2 * gap for name in row_names), default=0)
+    size = (left + columns * (side + gap), top + rows * (side + gap))
     grid = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(text)
+    pen = ImageDraw.Draw(grid)
     if title:
-        pen.text((gap, gap), title, "black", font)
+        pen.text((left, gap), title, "black", font)
     for column, name in enumerate(column_names):
-        middle = gap + column * (side + gap) + side // 2
+        middle = left + column * (side + gap) + side // 2
         pen.text((middle, top - gap), name, "black", font, anchor="md")
+    for row, name in enumerate(row_names):
+        pen.text((left - 2 * gap, top + row * (side + gap) + side // 2), name, "black", font,
+                 anchor="rm")  # fmt: skip
     for index, pixels in enumerate(images):
         row, column = divmod(index, columns)
         picture = Image.fromarray(pixels)
         if picture.width != side:
             picture = picture.resize((side, side), Image.Resampling.NEAREST)
-        grid.paste(picture, (gap + column * (side + gap), top + row * (side + gap)))
+        grid.paste(picture, (left + column * (side + gap), top + row * (side + gap)))
     return grid
 
 
@@ -240,6 +249,17 @@ def save_image(image, path: Path, facts: dict[str, str] | None = None) -> None:
         info.add_text(key, value)
     unfinished = path.with_name(f"{path.name}.tmp")
     image.save(unfinished, format="PNG", pnginfo=info)
+    os.replace(unfinished, path)
+
+
+def save_animation(frames: Sequence, path: Path, comment: str, last_seconds: float = 2.0) -> None:
+    """Write PIL pictures as a GIF that loops, its last frame held, in one step."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [int(1000 * last_seconds)]
+    frames[0].save(
+        unfinished, format="GIF", save_all=True, append_images=frames[1:], duration=durations,
+        loop=0, comment=comment.encode(),
+    )  # fmt: skip
     os.replace(unfinished, path)
 
 

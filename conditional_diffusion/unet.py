@@ -104,9 +104,9 @@ class UNet(nn.Module):
     """Class-conditional U-Net; `forward(x_t, timesteps, class_labels)` has the shape of x_t.
 
     Two things beside the usual trunk make it learn in few steps. A learned position map is added
-    to the first feature map, because at high noise a layout can come from nowhere else. And input
-    and output go through a WienerPreconditioner, to be given the data with `wiener.measure` before
-    training.
+    to the first feature map, because at high noise a layout can come from nowhere else. And the
+    trunk only adds to the best linear guess from x_t, which a WienerPreconditioner knows once
+    `wiener.measure` has been given the data, before training.
 
     Args:
         alphas_cumprod: of the noise schedule, (T,).
@@ -195,11 +195,11 @@ class UNet(nn.Module):
         """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
         time = self.time_mlp(timestep_embedding(timesteps, self.time_embed_dim))
         cond = F.silu(torch.cat([time, self.class_embedding(class_labels)], dim=1))
-        return self.wiener(lambda x: self.trunk(x, cond), x_t, timesteps)
+        return self.wiener(self.trunk(x_t, cond), x_t, timesteps)
 
-    def trunk(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x (B, C, H, W), cond (B, cond_dim) -> (B, C, H, W)."""
-        patches = F.conv2d(x, self.basis, stride=self.patch_size)  # (B, C p^2, H / p, W / p)
+    def trunk(self, x_t: Tensor, cond: Tensor) -> Tensor:
+        """x_t (B, C, H, W), cond (B, cond_dim) -> (B, C, H, W)."""
+        patches = F.conv2d(x_t, self.basis, stride=self.patch_size)  # (B, C p^2, H / p, W / p)
         h = self.stem(patches) + self.position
         skips = []
         for level, stages in enumerate(self.down):

@@ -2,14 +2,12 @@
 
 Pictures are far from white: in enlarged ones nearly all the power lies in a few low frequencies,
 and in brightness rather than colour. Given the power of every frequency of the data, the training
-target has a best linear guess from x_t in closed form (a Wiener filter). The network sees x_t with
-all frequencies at unit variance and predicts the rest in units of its size. This is what c_in,
-c_skip and c_out are in Karras et al. 2022, sec. 5, with one sigma_data per frequency instead of one
-for all.
+target has a best linear guess from x_t in closed form (a Wiener filter). The network predicts the
+rest, in units of its size. This is what c_skip and c_out are in Karras et al. 2022, sec. 5, with
+one sigma_data per frequency instead of one for all.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ def dct_matrix(size: int) -> Tensor:
 
 def linear_prediction(
     alphas_cumprod: Tensor, std: Tensor, prediction_type: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The best linear guess of the training target from x_t alone, and what it leaves open.
 
     For a quantity c of mean 0 and this std, seen as x = a c + b n with a^2 = alphas_cumprod, b^2 =
@@ -37,17 +35,17 @@ def linear_prediction(
         guess:          x (p a std^2 + q b) / V
         its error:      std |p b - q a| / sqrt(V), as a standard deviation.
 
-    Returns (factor of x, error, V), the shapes broadcast.
+    Returns (factor of x, error), the shapes broadcast.
     """
     a, b = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     p, q = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-b, a)}[prediction_type]
     variance = a**2 * std**2 + b**2
     slope = (p * a * std**2 + q * b) / variance
-    return slope, std * abs(p * b - q * a) / variance.sqrt(), variance
+    return slope, std * abs(p * b - q * a) / variance.sqrt()
 
 
 class WienerPreconditioner(nn.Module):
-    """Wraps a network's input and output for pictures (B, C, S, S); see the module's text.
+    """Turns what a network makes of pictures (B, C, S, S) into a prediction; see the module's text.
 
     Until `measure` has seen data, every frequency counts as of unit variance.
 
@@ -85,18 +83,12 @@ class WienerPreconditioner(nn.Module):
         power = sum(self.spectrum(chunk).square().sum(0) for chunk in x_start.split(100))
         self.std.copy_((power / len(x_start)).sqrt().clamp(min=SMALLEST_STD))
 
-    def forward(
-        self, network: Callable[[Tensor], Tensor], x_t: Tensor, timesteps: Tensor
-    ) -> Tensor:
-        """The guess plus what `network` makes of the whitened x_t; x_t (B, C, S, S)."""
+    def forward(self, residual: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """The linear guess from x_t plus the residual in units of its error, all (B, C, S, S)."""
         alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        slope, error = linear_prediction(alphas_cumprod, self.std, self.prediction_type)
         # Most of the output may be the input's own noise, which has to cancel: no autocast.
         with torch.autocast(x_t.device.type, enabled=False):
-            slope, error, variance = linear_prediction(
-                alphas_cumprod, self.std, self.prediction_type
-            )  # each (B, C, S, S)
-            spectrum = self.spectrum(x_t.float())
-            white = self.picture(spectrum * variance.rsqrt())
-        residual = network(white)
-        with torch.autocast(x_t.device.type, enabled=False):
-            return self.picture(slope * spectrum + error * self.spectrum(residual.float()))
+            return self.picture(
+                slope * self.spectrum(x_t.float()) + error * self.spectrum(residual.float())
+            )

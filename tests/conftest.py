@@ -14,6 +14,15 @@ TINY = {
     "image_size": 16, "base_channels": 16, "channel_mult": (1, 2), "num_res_blocks": (1, 1),
     "attention_sizes": (4,), "patch_size": 2, "time_embed_dim": 16, "class_embed_dim": 16,
 }  # fmt: skip
+# The same as flags of the scripts, with a chain of 50 timesteps.
+TINY_FLAGS = [
+    "--device", "cpu", "--data.image_size", "16", "--model.base_channels", "16",
+    "--model.channel_mult", "1,2", "--model.num_res_blocks", "1,1", "--model.attention_sizes", "4",
+    "--model.patch_size", "2", "--diffusion.num_train_timesteps", "50",
+    "--sample.num_inference_steps", "5", "--sample.grid_steps", "3",
+    "--train.validation_images", "10",
+]  # fmt: skip
+PICTOGRAMS = [*TINY_FLAGS, "--dataset", "pictograms"]
 
 
 def pytest_configure(config):
@@ -77,3 +86,36 @@ def schedule():
         return CosineNoiseScheduler(T, **options)
 
     return build
+
+
+@pytest.fixture
+def own_directory(tmp_path, monkeypatch):
+    """The test runs in an empty directory, without DATA_DIR."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_DIR", raising=False)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, *arguments) -> (exit status, what it said), as the shell would see them."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        import command_line
+
+        with pytest.raises(SystemExit) as stop:
+            command_line.exit_with(script.main, script.USER_ERRORS)
+        output = "".join(capsys.readouterr())
+        # A text as the exit code is what Python prints to stderr before it exits with 1.
+        if isinstance(stop.value.code, str):
+            return 1, output + stop.value.code
+        return stop.value.code or 0, output
+
+    return run
+
+
+def assert_one_sentence(said: str, *words: str) -> None:
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    for word in words:
+        assert word in errors[0], said

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PICTOGRAMS, TINY_FLAGS, assert_one_sentence
 from PIL import Image
 
-import command_line
 import generate_samples
 import prepare_data
 import train_model
@@ -19,45 +19,10 @@ from config import CLASS_NAMES
 from training_monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
-TINY = [
-    "--device", "cpu", "--data.image_size", "16", "--model.base_channels", "16",
-    "--model.channel_mult", "1,2", "--model.num_res_blocks", "1,1", "--model.attention_sizes", "4",
-    "--model.patch_size", "2", "--diffusion.num_train_timesteps", "50",
-    "--sample.num_inference_steps", "5", "--sample.grid_steps", "3",
-    "--train.validation_images", "10",
-]  # fmt: skip
-PICTOGRAMS = [*TINY, "--dataset", "pictograms"]
 QUICK = ["--quick-test", *PICTOGRAMS]
 
 
-@pytest.fixture(autouse=True)
-def own_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DATA_DIR", raising=False)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(script, *arguments) -> (exit status, what it said), as the shell would see them."""
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            command_line.exit_with(script.main, script.USER_ERRORS)
-        output = "".join(capsys.readouterr())
-        # A text as the exit code is what Python prints to stderr before it exits with 1.
-        if isinstance(stop.value.code, str):
-            return 1, output + stop.value.code
-        return stop.value.code or 0, output
-
-    return run
-
-
-def assert_one_sentence(said: str, *words: str) -> None:
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in said, said
-    for word in words:
-        assert word in errors[0], said
+pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 def test_quick_test_then_generate(call):
@@ -82,18 +47,9 @@ def test_quick_test_then_generate(call):
     assert names | {"grid.png", "samples.json"} == {path.name for path in out.iterdir()}
     facts = json.loads((out / "samples.json").read_text())
     assert facts["step"] == 10 and facts["weights"] == "EMA"
-    assert facts["pictures"][1] == {"class": "truck", "seed": 7}
+    assert facts["pictures"][1] == {"class": "truck", "seed": 7, "file": "truck_0007.png"}
     with Image.open(out / "cat_0007.png") as image:
         assert image.size == (16, 16) and image.text["class"] == "cat"
-
-
-def test_picture_does_not_depend_on_what_else_is_drawn(call):
-    call(train_model, *QUICK)
-    call(generate_samples, "--samples", 3, "--output", "many")
-    call(generate_samples, "--classes", "dog", "--samples", 1, "--seed", 2, "--output", "one")
-    with Image.open("many/dog_0002.png") as a, Image.open("one/dog_0002.png") as b:
-        difference = torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))
-    assert difference.abs().max() <= 1  # a level, from float rounding in other batch shapes
 
 
 def test_overfit_verdict_decides_the_exit_status(call):
@@ -182,7 +138,7 @@ def test_continuing_never_changes_the_data(call, monkeypatch):
 
     monkeypatch.setattr(cifar10, "SEARCH_PATH", ())
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
-    overfit = ["--overfit", *TINY, "--train.max_hours", 1e-9]
+    overfit = ["--overfit", *TINY_FLAGS, "--train.max_hours", 1e-9]
     pictures = Path("pictures")
     for name in CLASS_NAMES:
         (pictures / name).mkdir(parents=True)
@@ -234,12 +190,12 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
 
     monkeypatch.setattr(cifar10, "SEARCH_PATH", ())
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
-    status, said = call(train_model, "--full", *TINY)
+    status, said = call(train_model, "--full", *TINY_FLAGS)
     assert status == 1
     assert_one_sentence(said, "Three ways")
-    status, said = call(train_model, "--quick-test", *TINY)
+    status, said = call(train_model, "--quick-test", *TINY_FLAGS)
     assert status == 0 and "falling back to the built-in pictograms" in said
-    status, said = call(train_model, "--quick-test", *TINY, "--dataset", "cifar10")
+    status, said = call(train_model, "--quick-test", *TINY_FLAGS, "--dataset", "cifar10")
     assert status == 1, "what was asked for is not replaced"
 
 
@@ -267,45 +223,6 @@ def test_training_refuses_bad_input(call, arguments, words):
     assert status in (1, 2)
     assert_one_sentence(said, *words)
     assert not list(Path().glob("checkpoints*"))
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ([], ["no usable checkpoint", "make demo"]),
-        (["nowhere.pt"], ["nowhere.pt does not exist"]),
-        (["--samples", "0"], ["--samples", "at least 1"]),
-        (["--seed", "-1"], ["--seed"]),
-        (["--seed", "x"], ["--seed", "whole number"]),
-        (["--sample", "3"], ["--sample", "--samples"]),
-    ],
-)
-def test_generation_refuses_bad_input(call, arguments, words):
-    status, said = call(generate_samples, *arguments)
-    assert status in (1, 2)
-    assert_one_sentence(said, *words)
-    assert not Path("generated_images").exists()
-
-
-def test_generation_refuses_unusable_checkpoints_and_settings(call):
-    call(train_model, *QUICK)
-    good = Path("checkpoints_overfit/quick-test/checkpoint_00000010.pt")
-    Path("half.pt").write_bytes(good.read_bytes()[:5000])
-    torch.save({"weights": torch.zeros(3)}, "other.pt")
-    for arguments, words in [
-        (["half.pt"], ["half.pt is damaged"]),
-        (["other.pt"], ["other.pt is a torch file, but not a checkpoint"]),
-        ([good, "--classes", "cat,dgo"], ["'dgo'", "'dog'"]),
-        ([good, "--classes", "12"], ["'12'", "0..9"]),
-        ([good, "--classes", ","], ["no class given"]),
-        ([good, "--guidance", "3"], ["guidance", "null label"]),
-        ([good, "--steps", "51"], ["50 diffusion timesteps"]),
-        ([good, "--batch-size", "0"], ["batch_size", "at least 1"]),
-        ([good, "--output", good / "below"], ["below"]),
-    ]:
-        status, said = call(generate_samples, *arguments)
-        assert status == 1, said
-        assert_one_sentence(said, *words)
 
 
 def test_damaged_newest_checkpoint_is_passed_over(call):

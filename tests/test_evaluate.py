@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PICTOGRAMS, assert_one_sentence
 from PIL import Image
-from test_cli import PICTOGRAMS, assert_one_sentence, call, own_directory  # noqa: F401
 
 import data
 import evaluate_samples
@@ -19,6 +19,7 @@ from config import CLASS_NAMES, DataConfig
 from evaluate_samples import parse_scales, read_folder
 from evaluation import Evaluator, Pictures
 
+pytestmark = pytest.mark.usefixtures("own_directory")
 FULL = ["--full", *PICTOGRAMS, "--epochs", "2", "--samples", "10", "--batch-size", "10",
         "--train.learning_rate", "1e-2", "--train.warmup_steps", "1"]  # fmt: skip
 
@@ -136,7 +137,7 @@ def read_scores(folder) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "scores.jsonl").read_text().splitlines()]
 
 
-def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):  # noqa: F811
+def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
     status, said = call(train_model, *FULL)
     assert status == 0, said
     arguments = ["--samples", 2, "--sampler", "ddim", "--steps", 4, "--seed", 5, "--device", "cpu"]
@@ -180,7 +181,7 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):  # noq
         (["--device", "warp"], "warp"),
     ],
 )
-def test_bad_input_is_one_sentence(call, arguments, word):  # noqa: F811
+def test_bad_input_is_one_sentence(call, arguments, word):
     if arguments[0] not in ("--pictures",):
         call(train_model, *FULL)
     status, said = call(evaluate_samples, *arguments, "--no-inception")
@@ -188,7 +189,7 @@ def test_bad_input_is_one_sentence(call, arguments, word):  # noqa: F811
     assert_one_sentence(said, word)
 
 
-def test_no_checkpoint_is_one_sentence(call):  # noqa: F811
+def test_no_checkpoint_is_one_sentence(call):
     status, said = call(evaluate_samples)
     assert status == 1
     assert_one_sentence(said, "no usable checkpoint")

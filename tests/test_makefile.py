@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 VARIABLES = set(
     "DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES CLASSES GUIDANCE STEPS SEED CHECKPOINT DEVICE "
-    "FRESH CONFIRM ARGS PYTHON".split()
+    "SAMPLER OUTPUT GRID TRAJECTORY FRESH CONFIRM ARGS PYTHON".split()
 )
 
 
@@ -71,11 +71,13 @@ def test_variables_reach_the_config(target, copy):
 def test_generate_hands_its_variables_on():
     result = make(
         "-n", "generate", f"PYTHON={sys.executable}", "CHECKPOINT=my run/a.pt", "CLASSES=cat,dog",
-        "GUIDANCE=2", "STEPS=50", "SAMPLES=3", "SEED=1",
+        "GUIDANCE=2", "STEPS=50", "SAMPLES=3", "SEED=1", "SAMPLER=ddim", "OUTPUT=my pictures",
+        "GRID=1", "TRAJECTORY=1",
     )  # fmt: skip
     command = result.stdout.splitlines()[-1]
     assert "generate_samples.py 'my run/a.pt'" in re.sub(" +", " ", command)
-    for flag in ("--classes 'cat,dog'", "--guidance '2'", "--steps '50'", "--samples '3'"):
+    for flag in ("--classes 'cat,dog'", "--guidance '2'", "--steps '50'", "--samples '3'",
+                 "--sampler 'ddim'", "--output 'my pictures'", "--grid-only", "--trajectory"):
         assert flag in command
 
 

@@ -1,0 +1,108 @@
+"""Pictures from a checkpoint: what drawing them and scoring them share."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from command_line import build_model, build_sampler
+from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
+from conditional_diffusion.memory import fitting_batch_size
+from config import Config
+from training_monitor import RUN_DIRECTORIES, say
+
+
+def open_checkpoint(name: str | None) -> tuple[Path, dict]:
+    """The checkpoint asked for, or the newest usable one: full before overfit before demo.
+
+    name: a checkpoint file or a run directory.
+    """
+    folders = [Path(name)] if name and Path(name).is_dir() else list(RUN_DIRECTORIES.values())
+    if name and not Path(name).is_dir():
+        return Path(name), load_checkpoint(Path(name))
+    found = load_newest(folders, warn=say)
+    if found is None:
+        searched = ", ".join(f"{folder}/" for folder in folders)
+        raise CheckpointError(
+            f"no usable checkpoint in {searched}; train one first: make demo, make train"
+        )
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+class Drawing:
+    """The model of a checkpoint and how it is sampled.
+
+    Args:
+        path, state: the checkpoint. raw: its raw weights instead of their EMA.
+        config: its config, changed where the user asked for it.
+        batch_size: pictures denoised together; None: as many as fit.
+    """
+
+    def __init__(self, path: Path, state: dict, config: Config, device: torch.device, *,
+                 raw: bool, batch_size: int | None):  # fmt: skip
+        self.device, self.raw = device, raw
+        self.path, self.step, self.images_seen = path, state["step"], state["images_seen"]
+        self.hash = file_hash(path)
+        self.model, self.scheduler = build_model(config, device)
+        self.model.load_state_dict(state["model" if raw else "ema"])
+        self.configure(config)
+        self.batch_size = batch_size or self.fitting_batch_size()
+
+    def configure(self, config: Config) -> None:
+        """Sample with the settings of this config from now on."""
+        self.config, self.size = config, config.data.image_size
+        self.sampler = build_sampler(config, self.scheduler)
+
+    def fitting_batch_size(self) -> int:
+        """What fits, from a trial of the sampler in two steps, guided where any step will be."""
+        sample = replace(
+            self.config.sample, num_inference_steps=2, guidance_interval=(0.0, 1.0)
+        )
+        sampler = build_sampler(replace(self.config, sample=sample), self.scheduler)
+
+        def trial(n: int) -> None:
+            labels = torch.zeros(n, dtype=torch.int64, device=self.device)
+            sampler.sample(self.model, labels, (3, self.size, self.size), range(n))
+
+        return fitting_batch_size(trial, self.size**2, self.device)
+
+    def facts(self) -> dict:
+        """What the pictures depend on beside class and seed; JSON-able."""
+        sample = self.config.sample
+        return {
+            "checkpoint": str(self.path), "hash": self.hash, "step": self.step,
+            "images_seen": self.images_seen, "weights": "raw" if self.raw else "EMA",
+            "sampler": sample.sampler, "num_inference_steps": sample.num_inference_steps,
+            **({"eta": sample.eta} if sample.sampler == "ddim" else {}),
+            "guidance_scale": sample.guidance_scale,
+            "guidance_interval": list(sample.guidance_interval),
+            "clip_x_start": sample.clip_x_start, "image_size": self.size,
+            "precision": "fp32" if self.device.type == "cpu" else
+            "fp32 (convolutions may use TF32)",
+            "device": self.device.type, "torch": str(torch.__version__),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        facts = self.facts()
+        return (
+            f"{self.path} (step {self.step}, {facts['weights']}) on {self.device}: "
+            f"{facts['sampler']}, {facts['num_inference_steps']} steps, guidance "
+            f"{facts['guidance_scale']:g}, {self.batch_size} at a time"
+        )
+
+    def draw(self, labels: Tensor, seeds: Sequence[int],
+             callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:  # fmt: skip
+        """Pictures (N, 3, S, S) of labels int64 (N,), as Sampler.sample returns them."""
+        return self.sampler.sample(
+            self.model, labels.to(self.device), (3, self.size, self.size), seeds,
+            batch_size=self.batch_size, callback=callback,
+        )  # fmt: skip
