@@ -60,8 +60,12 @@ def add_config_flags(
     parser: argparse.ArgumentParser,
     sections: tuple[str, ...],
     short_flags: dict[str, str] = TRAINING_FLAGS,
+    defaults: str = "",
 ) -> None:
-    """One flag per setting of these sections, `--train.epochs 3`, plus the short forms."""
+    """One flag per setting of these sections, `--train.epochs 3`, plus the short forms.
+
+    defaults says where a setting comes from that is not given; else it is that of the full run.
+    """
     for section in sections:
         group = parser.add_argument_group(f"{section} settings")
         for name, field in settings.OPTIONS.items():
@@ -74,7 +78,7 @@ def add_config_flags(
                 default = ",".join(map(str, default))
             group.add_argument(
                 *short, f"--{name}", dest=name, metavar=kind.upper(), default=argparse.SUPPRESS,
-                help=f"{field.metadata['help']} (full run: {default})".replace("%", "%%"),
+                help=f"{field.metadata['help']} ({defaults or f'full run: {default}'})",
             )  # fmt: skip
 
 

@@ -210,7 +210,9 @@ class SampleConfig:
         (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end"
     )
     clip_x_start: bool = option(True, "clip the predicted clean image to [-1, 1] at each step")
-    batch_size: int = option(100, "pictures denoised together")
+    batch_size: int = option(
+        100, "pictures denoised together in the grids drawn during training; elsewhere what fits"
+    )
 
     def __post_init__(self):
         check_types(self, "sample")
@@ -252,8 +254,8 @@ class Config:
             require(steps <= T, f"sample.{name} {steps} exceeds the {T} diffusion timesteps")
         require(
             self.sample.guidance_scale == 1 or self.train.class_dropout_prob > 0,
-            f"sample.guidance_scale {self.sample.guidance_scale} needs a trained null label: set "
-            "train.class_dropout_prob above 0 or sample.guidance_scale to 1",
+            f"sample.guidance_scale {self.sample.guidance_scale} needs a trained null label "
+            "(train.class_dropout_prob above 0); without one use guidance 1",
         )
 
 

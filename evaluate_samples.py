@@ -64,8 +64,8 @@ def parse_arguments():
                         help="where scores and drawings go (evaluation/ beside what is scored)")
     parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
                         help="auto, cpu, cuda, ...")
-    add_config_flags(parser, ("data",))
-    add_config_flags(parser, ("sample",), SAMPLING_FLAGS)
+    add_config_flags(parser, ("data",), defaults="the checkpoint's")
+    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")
     return parser.parse_args()
 
 

@@ -3,8 +3,8 @@
     python generate_samples.py                      # the newest usable checkpoint
     python generate_samples.py CHECKPOINT --samples 4 --classes cat,dog
 
-Settings of the sampler that are not given are the checkpoint's (below: the full run's); the batch
-size is what fits into memory.
+Settings of the sampler that are not given are the checkpoint's; the batch size is what fits into
+memory.
 """
 
 import json
@@ -64,7 +64,7 @@ def parse_arguments():
     parser.add_argument("--output", metavar="DIR", default="generated_images",
                         help="where the pictures go (generated_images)")
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda, ...")
-    add_config_flags(parser, ("sample",), SAMPLING_FLAGS)
+    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")
     return parser.parse_args()
 
 

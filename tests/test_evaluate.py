@@ -100,7 +100,7 @@ def test_folder_of_pictures_with_classes_in_names_or_folders(tmp_path):
     save(tmp_path / "ship" / "anything.png", (4, 5, 6))
     save(tmp_path / "class9" / "x.png", (7, 8, 9))
     save(tmp_path / "grid.png", (0, 0, 0), (50, 20))  # has no class: no sample
-    save(tmp_path / "evaluation" / "dog_0.png", (0, 0, 0))
+    save(tmp_path / "earlier_1" / "dog_0.png", (0, 0, 0))  # of another call
     (tmp_path / "samples.json").write_text("{}")
     pictures = read_folder(tmp_path)
     assert pictures.labels.tolist() == [3, 9, 8]
