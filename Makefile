@@ -45,6 +45,7 @@ help:  ## This list
 	@echo
 	@echo "variables: DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES SEED CLASSES SAMPLER STEPS GUIDANCE"
 	@echo "           OUTPUT GRID=1 (no single pictures) TRAJECTORY=1 (noise to picture, animated)"
+	@echo "           PICTURES=folder SWEEP=1,2,3 (of evaluate)"
 	@echo "           CHECKPOINT DEVICE FRESH=1 CONFIRM=yes PYTHON (use this interpreter as it is)"
 	@echo "           ARGS='--train.learning_rate 3e-4' (any setting; python train_model.py --help)"
 

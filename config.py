@@ -151,7 +151,7 @@ class DataConfig:
 class TrainConfig:
     epochs: int = option(100, "passes over the training images")
     batch_size: int = option(128, "images per optimizer step")
-    learning_rate: float = option(5e-4, "peak learning rate of AdamW")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     warmup_steps: int = option(500, "steps of linear warm-up to the peak")
     final_lr_fraction: float = option(0.02, "learning rate at the last step, in peaks (cosine)")
     weight_decay: float = option(0.01, "decoupled weight decay of AdamW")

@@ -86,7 +86,8 @@ def test_facts_agree_everywhere_and_redraw_the_picture(draw, checkpoint):
         "checkpoint": str(checkpoint), "hash": file_hash(checkpoint), "step": 12,
         "images_seen": 120, "weights": "EMA", "sampler": "ddim", "num_inference_steps": 6,
         "eta": 0.5, "guidance_scale": 1.5, "guidance_interval": [0, 0.8],
-        "clip_x_start": False, "image_size": 16, "precision": "fp32", "device": "cpu", "torch": torch.__version__,
+        "clip_x_start": False, "image_size": 16, "precision": "fp32", "device": "cpu",
+        "torch": torch.__version__,
         "classes": ["cat", "truck"], "seeds": [9999, 10000],
     }  # fmt: skip
     assert facts == expected == text(OUT / "grid.png")

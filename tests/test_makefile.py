@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 VARIABLES = set(
     "DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES CLASSES GUIDANCE STEPS SEED CHECKPOINT DEVICE "
-    "SAMPLER OUTPUT GRID TRAJECTORY FRESH CONFIRM ARGS PYTHON".split()
+    "SAMPLER OUTPUT GRID TRAJECTORY PICTURES SWEEP FRESH CONFIRM ARGS PYTHON".split()
 )
 
 
@@ -79,6 +79,31 @@ def test_generate_hands_its_variables_on():
     for flag in ("--classes 'cat,dog'", "--guidance '2'", "--steps '50'", "--samples '3'",
                  "--sampler 'ddim'", "--output 'my pictures'", "--grid-only", "--trajectory"):
         assert flag in command
+
+
+def test_evaluate_hands_its_variables_on():
+    result = make(
+        "-n", "evaluate", f"PYTHON={sys.executable}", "PICTURES=my pictures", "SWEEP=1,2",
+        "STEPS=9", "SAMPLES=3", "SEED=1", "SAMPLER=ddim", "DATASET=pictograms",
+        "ARGS=--no-inception",
+    )  # fmt: skip
+    command = result.stdout.splitlines()[-1]
+    for flag in ("evaluate_samples.py", "--pictures 'my pictures'", "--sweep '1,2'", "--steps '9'",
+                 "--samples '3'", "--seed '1'", "--sampler 'ddim'", "--dataset 'pictograms'",
+                 "--no-inception"):  # fmt: skip
+        assert flag in command
+
+
+def test_evaluation_goes_on_where_its_extra_packages_cannot_be_had(copy):
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    python = copy / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\ncase $* in *requirements-eval.txt*) exit 1;; esac\n"
+                      "echo called $@ >> calls\n")  # fmt: skip
+    python.chmod(0o755)
+    result = make("evaluate", folder=copy)
+    assert result.returncode == 0 and "no FID this time" in result.stderr
+    assert "evaluate_samples.py" in (copy / "calls").read_text()
+    assert not (copy / ".venv" / ".installed-eval").exists()
 
 
 def test_errors_reach_the_exit_status(copy):
