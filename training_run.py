@@ -76,7 +76,7 @@ class Run:
         )
         self.model, self.scheduler = build_model(config, device)
         if saved is None:  # else it comes with the weights
-            self.model.wiener.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])
+            self.model.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])
         self.engine = TrainingEngine(
             self.model, self.scheduler,
             total_steps=train.epochs * self.batches.steps_per_epoch,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .wiener import WienerPreconditioner, dct_matrix
+from .wiener import WienerPreconditioner, dct_matrix, root_mean_square
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -105,8 +105,8 @@ class UNet(nn.Module):
 
     Two things beside the usual trunk make it learn in few steps. A learned position map is added
     to the first feature map, because at high noise a layout can come from nowhere else. And the
-    trunk only adds to the best linear guess from x_t, which a WienerPreconditioner knows once
-    `wiener.measure` has been given the data, before training.
+    trunk only adds to the best linear guess from x_t, which a WienerPreconditioner makes. For that
+    `measure` has to be given data before training.
 
     Args:
         alphas_cumprod: of the noise schedule, (T,).
@@ -166,6 +166,7 @@ class UNet(nn.Module):
         # Learning in this basis takes fewer steps than on the bare pixels of a patch.
         self.register_buffer("basis", patch_basis(patch_size, in_channels), persistent=False)
         patch_channels, size = len(self.basis), image_size // patch_size
+        self.register_buffer("patch_std", torch.ones(patch_channels, 1, 1))
         widths = [base_channels * mult for mult in channel_mult]
         self.stem = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
         self.position = nn.Parameter(0.5 * torch.randn(1, widths[0], size, size))
@@ -195,11 +196,26 @@ class UNet(nn.Module):
         """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
         time = self.time_mlp(timestep_embedding(timesteps, self.time_embed_dim))
         cond = F.silu(torch.cat([time, self.class_embedding(class_labels)], dim=1))
-        return self.wiener(self.trunk(x_t, cond), x_t, timesteps)
+        # Patch frequencies of unit variance: c_in of Karras et al. 2022, sec. 5, one for each.
+        alphas_cumprod = self.wiener.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        variance = alphas_cumprod * self.patch_std**2 + 1 - alphas_cumprod
+        h = self.trunk(self.patches(x_t) * variance.rsqrt(), cond)
+        residual = F.conv_transpose2d(h, self.basis, stride=self.patch_size)
+        return self.wiener(residual, x_t, timesteps)
 
-    def trunk(self, x_t: Tensor, cond: Tensor) -> Tensor:
-        """x_t (B, C, H, W), cond (B, cond_dim) -> (B, C, H, W)."""
-        patches = F.conv2d(x_t, self.basis, stride=self.patch_size)  # (B, C p^2, H / p, W / p)
+    def patches(self, x: Tensor) -> Tensor:
+        """Frequencies of the patches of x (B, C, H, W): (B, C p^2, H / p, W / p)."""
+        return F.conv2d(x, self.basis, stride=self.patch_size)
+
+    @torch.no_grad()
+    def measure(self, x_start: Tensor) -> None:
+        """Learn the power of each frequency from images (N, C, H, W)."""
+        self.wiener.measure(x_start)
+        by_frequency = self.patches(x_start).transpose(1, 3).flatten(0, 2)  # (N H W / p^2, C p^2)
+        self.patch_std.copy_(root_mean_square(by_frequency)[:, None, None])
+
+    def trunk(self, patches: Tensor, cond: Tensor) -> Tensor:
+        """patches (B, C p^2, H / p, W / p), cond (B, cond_dim) -> the shape of patches."""
         h = self.stem(patches) + self.position
         skips = []
         for level, stages in enumerate(self.down):
@@ -215,5 +231,4 @@ class UNet(nn.Module):
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
             for stage in stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), cond)
-        h = self.out(F.silu(self.out_norm(h)))
-        return F.conv_transpose2d(h, self.basis, stride=self.patch_size)
+        return self.out(F.silu(self.out_norm(h)))

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 SMALLEST_STD = 1e-3  # of a frequency: data may lack it, a network must still be able to draw it
 
 
+def root_mean_square(values: Tensor) -> Tensor:
+    """Over the first dimension, and at least SMALLEST_STD."""
+    return values.square().mean(0).sqrt().clamp(min=SMALLEST_STD)
+
+
 def dct_matrix(size: int) -> Tensor:
     """The orthonormal DCT-II (size, size), float64: row k is the cosine of frequency k."""
     n = torch.arange(size, dtype=torch.float64)
@@ -80,8 +85,7 @@ class WienerPreconditioner(nn.Module):
     @torch.no_grad()
     def measure(self, x_start: Tensor) -> None:
         """Take the power of each frequency from images (N, C, S, S)."""
-        power = sum(self.spectrum(chunk).square().sum(0) for chunk in x_start.split(100))
-        self.std.copy_((power / len(x_start)).sqrt().clamp(min=SMALLEST_STD))
+        self.std.copy_(root_mean_square(self.spectrum(x_start)))
 
     def forward(self, residual: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The linear guess from x_t plus the residual in units of its error, all (B, C, S, S)."""

@@ -38,14 +38,48 @@ def test_output_has_the_shape_of_the_input(awake_model, overrides, batch_size):
     assert output.isfinite().all() and output.any()
 
 
+def calls_of_the_trunk(model) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(patches, output) of every call from now on."""
+    calls, trunk = [], model.trunk
+
+    def watched(patches, cond):
+        calls.append((patches, trunk(patches, cond)))
+        return calls[-1][1]
+
+    model.trunk = watched
+    return calls
+
+
 def test_trunk_is_exactly_zero_at_initialisation(tiny_model):
     model = tiny_model()
-    x_t, timesteps, labels = inputs(11)  # all labels, the null label among them
-    outputs = []
-    trunk = model.trunk
-    model.trunk = lambda x, cond: outputs.append(trunk(x, cond)) or outputs[-1]
-    model(x_t, timesteps, labels)
-    assert outputs[0].shape == x_t.shape and not outputs[0].any()
+    calls = calls_of_the_trunk(model)
+    model(*inputs(11))  # all labels, the null label among them
+    assert not calls[0][1].any()
+
+
+@pytest.mark.parametrize("timestep", [0, 20, 49])
+def test_trunk_sees_patch_frequencies_of_unit_variance(tiny_model, schedule, timestep):
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    strength = torch.linspace(2, 0.05, 12).view(1, 12, 1, 1)
+    patches = strength * torch.randn(1000, 12, 8, 8, generator=generator)
+    x_start = torch.nn.functional.conv_transpose2d(patches, model.basis, stride=2)
+    model.measure(x_start)
+    assert_close(model.patch_std.flatten(), strength.flatten(), rtol=0.02, atol=0)
+    calls, timesteps = calls_of_the_trunk(model), torch.full((1000,), timestep)
+    noise = torch.randn(x_start.shape, generator=generator)
+    with torch.no_grad():
+        model(schedule().add_noise(x_start, noise, timesteps), timesteps, timesteps * 0)
+    spread = calls[0][0].std((0, 2, 3))
+    assert_close(spread, torch.ones(12), rtol=0, atol=0.03)  # n = 64000, as the measurement's
+
+
+def test_network_starts_as_the_linear_guess(tiny_model):
+    model = tiny_model()
+    model.measure(0.3 * torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    x_t, timesteps, labels = inputs(11)
+    expected = model.wiener(torch.zeros_like(x_t), x_t, timesteps)
+    assert expected.any()
+    assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=0)
 
 
 def test_dropout_acts_in_train_mode_only(awake_model):
@@ -143,10 +177,10 @@ def test_default_model_is_the_one_that_checkpoints_hold():
     state = UNet(CosineNoiseScheduler().alphas_cumprod).state_dict()
     assert {name.split(".")[0] for name in state} == {
         "time_mlp", "class_embedding", "stem", "position", "down", "middle", "up", "out_norm",
-        "out", "wiener",
+        "out", "wiener", "patch_std",
     }  # fmt: skip
-    assert len(state) == 297
-    assert sum(p.numel() for p in state.values()) == 18_485_744
+    assert len(state) == 298
+    assert sum(p.numel() for p in state.values()) == 18_485_792
 
 
 def test_defaults_agree_with_the_config():
