@@ -117,6 +117,14 @@ def parse_count(name: str, text: str) -> int:
     return int(text)
 
 
+def parse_seed(text: str, count: int) -> int:
+    """The first of count seeds that follow each other; ConfigError where one would be too large."""
+    seed, largest = settings.parse_value("--seed", int, text), settings.LARGEST_SEED - count + 1
+    if not 0 <= seed <= largest:
+        raise ConfigError(f"--seed must lie in 0..{largest}, not {seed}")
+    return seed
+
+
 def choose_device(config: Config):
     """The torch device of train.device; ConfigError where it is not to be had."""
     import torch

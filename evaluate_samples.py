@@ -26,10 +26,11 @@ from command_line import (
     config_overrides,
     exit_with,
     parse_count,
+    parse_seed,
 )
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
-from config import CLASS_NAMES, ConfigError
+from config import CLASS_NAMES, Config, ConfigError
 from data import Split, load_splits, to_images
 from drawing import Drawing, open_checkpoint
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
@@ -184,64 +185,88 @@ def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -
         return {"missing": str(error)}
 
 
-def main() -> int:
-    args = parse_arguments()
-    overrides = config_overrides(args)
-    overrides["train.device"] = vars(args)["train.device"]
-    seed = settings.parse_value("--seed", int, args.seed)
-    if args.pictures:
-        pictures = read_folder(Path(args.pictures))
-        overrides["data.image_size"] = pictures.images.shape[-1]
-        config = settings.apply_overrides(settings.full(), overrides)
-    else:
-        path, state = open_checkpoint(args.checkpoint)
-        config = settings.from_dict(state["config"])
-        # Thousands of pictures: the quick sampler, unless another is asked for.
-        quick = {"sample.sampler": config.sample.grid_sampler,
-                 "sample.num_inference_steps": config.sample.grid_steps}  # fmt: skip
-        config = settings.apply_overrides(config, quick | overrides)
-    scales = parse_scales(args.sweep) if args.sweep else [config.sample.guidance_scale]
-    device = choose_device(config)
-    per_class = parse_count("--samples", args.samples or str(PER_CLASS[device.type]))
-    output = Path(args.output or Path(args.pictures or path.parent) / "evaluation")
-    output.mkdir(parents=True, exist_ok=True)
+def open_drawing(args, overrides: dict) -> Drawing:
+    """The checkpoint to draw from; the quick sampler of its grids unless another is asked for."""
+    path, state = open_checkpoint(args.checkpoint)
+    config = settings.from_dict(state["config"])
+    quick = {"sample.sampler": config.sample.grid_sampler,
+             "sample.num_inference_steps": config.sample.grid_steps}  # fmt: skip
+    config = settings.apply_overrides(config, quick | overrides)
+    batch_size = config.sample.batch_size if "sample.batch_size" in overrides else None
+    return Drawing(
+        path, state, config, choose_device(config), raw=args.raw, batch_size=batch_size
+    )
 
-    reference = replace(config.data, samples_per_class=0, repeats=1)
-    splits = load_splits(reference, seed=config.train.seed, progress=progress, say=say)
-    evaluator = Evaluator(splits, config.data.image_size, device, progress=progress, say=say)
-    drawing = None
-    if not args.pictures:
-        batch_size = config.sample.batch_size if "sample.batch_size" in overrides else None
-        drawing = Drawing(path, state, config, device, raw=args.raw, batch_size=batch_size)
-    records = []
-    for scale in scales:
-        if drawing is None:
-            facts = {"pictures": args.pictures}
-            say(f"scoring {len(pictures.images)} pictures in {args.pictures}")
-        else:
-            drawing.configure(
-                settings.apply_overrides(config, {"sample.guidance_scale": scale})
-            )
-            facts = {**drawing.facts(), "seed": seed}
-            say(f"scoring {per_class} pictures per class from {drawing}")
-            pictures = draw(drawing, per_class, seed)
-            first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
-            grid = labelled_grid(first, CLASS_NAMES, f"guidance {scale:g}, {facts['weights']}")
-            save_image(grid, output / f"samples_guidance_{scale:g}.png")
-        scores = evaluator.scores(pictures)
-        record = {**facts, "reference": evaluator.facts(), **scores.report}
-        record["inception"] = inception_part(pictures, splits, args, device)
-        records.append(record)
-        with open(output / "scores.jsonl", "a") as file:
+
+class Report:
+    """Scores sets of pictures against one reference and writes down what it finds."""
+
+    def __init__(self, args, config: Config, image_size: int, output: Path):
+        self.args, self.output, self.device = args, output, choose_device(config)
+        reference = replace(config.data, image_size=image_size, samples_per_class=0, repeats=1)
+        self.splits = load_splits(reference, seed=config.train.seed, progress=progress, say=say)
+        self.evaluator = Evaluator(
+            self.splits, image_size, self.device, progress=progress, say=say
+        )
+        self.records: list[dict] = []
+
+    def add(self, pictures: Pictures, facts: dict, suffix: str = "") -> None:
+        """Score pictures; facts say how they came about, suffix tells their drawings apart."""
+        scores = self.evaluator.scores(pictures)
+        record = {**facts, "reference": self.evaluator.facts(), **scores.report}
+        record["inception"] = inception_part(pictures, self.splits, self.args, self.device)
+        self.records.append(record)
+        with open(self.output / "scores.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         for line in report_lines(record):
             say(line)
         if scores.confusion is not None:
-            draw_confusion(scores.confusion, output / "confusion.png")
-        evaluator.draw_pairs(pictures, scores, output / "nearest.png")
-    if len(records) > 1:
-        draw_sweep(records, output / "guidance_sweep.png")
-    say(f"scores, confusion and nearest training pictures: {output}/")
+            draw_confusion(scores.confusion, self.output / f"confusion{suffix}.png")
+        self.evaluator.draw_pairs(pictures, scores, self.output / f"nearest{suffix}.png")
+
+
+def score_folder(args, overrides: dict) -> Path:
+    folder = Path(args.pictures)
+    if args.sweep:
+        raise ConfigError("--sweep draws pictures anew; it needs a checkpoint, not --pictures")
+    pictures = read_folder(folder)
+    output = Path(args.output or folder / "evaluation")
+    output.mkdir(parents=True, exist_ok=True)
+    config = settings.apply_overrides(settings.full(), overrides)
+    report = Report(args, config, pictures.images.shape[-1], output)
+    say(f"scoring {len(pictures.images)} pictures in {folder}")
+    report.add(pictures, {"pictures": str(folder)})
+    return output
+
+
+def score_checkpoint(args, overrides: dict) -> Path:
+    scales = parse_scales(args.sweep) if args.sweep else []
+    drawing = open_drawing(args, overrides)
+    config = drawing.config
+    per_class = parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
+    seed = parse_seed(args.seed, per_class * len(CLASS_NAMES))
+    configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
+    output = Path(args.output or drawing.path.parent / "evaluation")
+    output.mkdir(parents=True, exist_ok=True)
+    report = Report(args, config, drawing.size, output)
+    for config in configs or [config]:
+        drawing.configure(config)
+        say(f"scoring {per_class} pictures per class from {drawing}")
+        pictures = draw(drawing, per_class, seed)
+        suffix = f"_guidance_{config.sample.guidance_scale:g}"
+        first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
+        save_image(labelled_grid(first, CLASS_NAMES), output / f"samples{suffix}.png")
+        report.add(pictures, {**drawing.facts(), "seed": seed}, suffix)
+    if len(report.records) > 1:
+        draw_sweep(report.records, output / "guidance_sweep.png")
+    return output
+
+
+def main() -> int:
+    args = parse_arguments()
+    overrides = {**config_overrides(args), "train.device": vars(args)["train.device"]}
+    output = (score_folder if args.pictures else score_checkpoint)(args, overrides)
+    say(f"scores, confusion matrix and nearest training images: {output}/")
     return 0
 
 

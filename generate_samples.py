@@ -29,6 +29,7 @@ from command_line import (
     exit_with,
     parse_classes,
     parse_count,
+    parse_seed,
 )
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
@@ -74,10 +75,7 @@ def parse_seeds(first: str, samples: str) -> list[int]:
     if rows > MOST_SAMPLES:
         raise ConfigError(f"--samples must be at most {MOST_SAMPLES}, not {rows}; draw the next "
                           f"ones in another call, with --seed {MOST_SAMPLES}")  # fmt: skip
-    seed = settings.parse_value("--seed", int, first)
-    largest = settings.LARGEST_SEED - rows + 1
-    if not 0 <= seed <= largest:
-        raise ConfigError(f"--seed must lie in 0..{largest}, not {seed}")
+    seed = parse_seed(first, rows)
     return list(range(seed, seed + rows))
 
 

@@ -151,7 +151,8 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
         assert record["num_inference_steps"] == 4 and record["weights"] == "EMA"
         assert len(record["hash"]) == 16 and record["reference"]["train"] == 300
     assert records[0]["colour"] != records[1]["colour"]
-    for name in ("confusion", "nearest", "guidance_sweep", "samples_guidance_3"):
+    for name in ("confusion_guidance_1", "nearest_guidance_3", "guidance_sweep",
+                 "samples_guidance_3"):
         with Image.open(f"checkpoints/evaluation/{name}.png") as picture:
             assert min(picture.size) > 100
 
@@ -162,7 +163,7 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
         assert again["colour"][part] == pytest.approx(records[1]["colour"][part], abs=0.01)
 
     for name in ("cat", "dog"):
-        save(Path("mine", f"{name}_0.png"), "red", (16, 16))
+        save(Path("mine", f"{name}_0.png"), "red", (18, 18))  # a size no model needs
     status, said = call(evaluate_samples, "--pictures", "mine", "--dataset", "pictograms",
                         "--no-inception", "--device", "cpu")  # fmt: skip
     assert status == 0, said
@@ -178,6 +179,8 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
         (["--sampler", "ddmp"], "ddpm"),
         (["--steps", "51"], "exceeds the 50"),
         (["--pictures", "absent"], "no folder"),
+        (["--pictures", "absent", "--sweep", "1,2"], "needs a checkpoint"),
+        (["--seed", str(2**63 - 5)], "--seed"),
         (["--device", "warp"], "warp"),
     ],
 )
