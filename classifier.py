@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10 import Progress
+from conditional_diffusion.checkpoint import DAMAGED
 from config import CLASS_NAMES
 from data import Split
 
@@ -199,7 +200,7 @@ def cached_classifier(
             model.load_state_dict(saved.pop("model"), assign=True)
             model.to(device, memory_format=torch.channels_last).eval()
             return Judge(model, **saved)
-        except Exception as error:  # whatever is wrong with the file, training anew mends it
+        except DAMAGED as error:  # training anew mends it
             say(f"{path} cannot be read ({type(error).__name__}); training the classifier again")
     say(f"classifier: training on {len(splits['train'])} pictures, once, into {path}")
     model = train_classifier(splits["train"], recipe, device, progress=progress)
