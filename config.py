@@ -201,7 +201,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class SampleConfig:
     sampler: str = option("ddpm", "ddpm, ddim or dpm-solver++, of `make generate`")
-    num_inference_steps: int = option(250, "denoising steps of `make generate`")
+    num_inference_steps: int = option(50, "denoising steps of `make generate`")
     eta: float = option(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm")
     grid_sampler: str = option("dpm-solver++", "sampler of the grids drawn during training")
     grid_steps: int = option(20, "denoising steps of the grids drawn during training")
