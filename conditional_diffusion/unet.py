@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .wiener import WienerPreconditioner, dct_matrix, root_mean_square
+from .wiener import WienerFilter, dct_matrix, linear_prediction, root_mean_square
+
+FILTER_SIZE = 5  # patches a side that the linear path from input to output looks at
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -28,6 +30,16 @@ def patch_basis(patch_size: int, channels: int) -> Tensor:
     space, colour = dct_matrix(patch_size), dct_matrix(channels)
     basis = torch.einsum("kc,ui,vj->kuvcij", colour, space, space)
     return basis.reshape(channels * patch_size**2, channels, patch_size, patch_size).float()
+
+
+def filter_each(x: Tensor, kernels: Tensor) -> Tensor:
+    """Each channel of x (B, C, H, W) convolved with its own kernel, kernels (B, C * K * K)."""
+    B, C, H, W = x.shape
+    kernels = kernels.view(B * C, 1, FILTER_SIZE, FILTER_SIZE)
+    filtered = F.conv2d(
+        x.reshape(1, B * C, H, W), kernels, padding=FILTER_SIZE // 2, groups=B * C
+    )
+    return filtered.view(B, C, H, W)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -105,8 +117,10 @@ class UNet(nn.Module):
 
     Two things beside the usual trunk make it learn in few steps. A learned position map is added
     to the first feature map, because at high noise a layout can come from nowhere else. And the
-    trunk only adds to the best linear guess from x_t, which a WienerPreconditioner makes. For that
-    `measure` has to be given data before training.
+    trunk only adds to the best linear guess from x_t, in units of what that leaves open. For this
+    `measure` has to be given data before training. The guess is that of the data as a whole; one
+    small linear filter per patch frequency, a function of the timestep, can take it back where more
+    is known, as in memorising.
 
     Args:
         alphas_cumprod: of the noise schedule, (T,).
@@ -150,9 +164,7 @@ class UNet(nn.Module):
         self.image_size, self.in_channels = image_size, in_channels
         self.patch_size, self.null_label = patch_size, num_classes
         self.time_embed_dim = time_embed_dim
-        self.wiener = WienerPreconditioner(
-            alphas_cumprod, prediction_type, image_size, in_channels
-        )
+        self.wiener = WienerFilter(alphas_cumprod, prediction_type, image_size, in_channels)
 
         self.time_mlp = nn.Sequential(
             nn.Linear(time_embed_dim, time_embed_dim),
@@ -166,6 +178,7 @@ class UNet(nn.Module):
         # Learning in this basis takes fewer steps than on the bare pixels of a patch.
         self.register_buffer("basis", patch_basis(patch_size, in_channels), persistent=False)
         patch_channels, size = len(self.basis), image_size // patch_size
+        self.input_filter = zeroed(nn.Linear(time_embed_dim, patch_channels * FILTER_SIZE**2))
         self.register_buffer("patch_std", torch.ones(patch_channels, 1, 1))
         widths = [base_channels * mult for mult in channel_mult]
         self.stem = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
@@ -196,12 +209,17 @@ class UNet(nn.Module):
         """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
         time = self.time_mlp(timestep_embedding(timesteps, self.time_embed_dim))
         cond = F.silu(torch.cat([time, self.class_embedding(class_labels)], dim=1))
-        # Patch frequencies of unit variance: c_in of Karras et al. 2022, sec. 5, one for each.
+        # c_in and c_out of Karras et al. 2022, sec. 5, one for each patch frequency.
         alphas_cumprod = self.wiener.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         variance = alphas_cumprod * self.patch_std**2 + 1 - alphas_cumprod
-        h = self.trunk(self.patches(x_t) * variance.rsqrt(), cond)
-        residual = F.conv_transpose2d(h, self.basis, stride=self.patch_size)
-        return self.wiener(residual, x_t, timesteps)
+        _, error = linear_prediction(
+            alphas_cumprod, self.patch_std, self.wiener.prediction_type
+        )  # (B, C p^2, 1, 1)
+        patches = self.patches(x_t)
+        residual = error * self.trunk(patches * variance.rsqrt(), cond)
+        residual = residual + filter_each(patches, self.input_filter(time))
+        residual = F.conv_transpose2d(residual, self.basis, stride=self.patch_size)
+        return self.wiener(x_t, timesteps) + residual.float()
 
     def patches(self, x: Tensor) -> Tensor:
         """Frequencies of the patches of x (B, C, H, W): (B, C p^2, H / p, W / p)."""

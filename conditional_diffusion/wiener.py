@@ -1,10 +1,9 @@
-"""Wiener preconditioning: the network learns only what the best linear guess leaves open.
+"""The Wiener filter: the network learns only what the best linear guess leaves open.
 
 Pictures are far from white: in enlarged ones nearly all the power lies in a few low frequencies,
 and in brightness rather than colour. Given the power of every frequency of the data, the training
-target has a best linear guess from x_t in closed form (a Wiener filter). The network predicts the
-rest, in units of its size. This is what c_skip and c_out are in Karras et al. 2022, sec. 5, with
-one sigma_data per frequency instead of one for all.
+target has a best linear guess from x_t in closed form. This is c_skip of Karras et al. 2022,
+sec. 5, with one sigma_data per frequency instead of one for all.
 """
 
 import math
@@ -49,8 +48,8 @@ def linear_prediction(
     return slope, std * abs(p * b - q * a) / variance.sqrt()
 
 
-class WienerPreconditioner(nn.Module):
-    """Turns what a network makes of pictures (B, C, S, S) into a prediction; see the module's text.
+class WienerFilter(nn.Module):
+    """Guesses the training target from pictures x_t (B, C, S, S); see the module's text.
 
     Until `measure` has seen data, every frequency counts as of unit variance.
 
@@ -87,12 +86,10 @@ class WienerPreconditioner(nn.Module):
         """Take the power of each frequency from images (N, C, S, S)."""
         self.std.copy_(root_mean_square(self.spectrum(x_start)))
 
-    def forward(self, residual: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The linear guess from x_t plus the residual in units of its error, all (B, C, S, S)."""
+    def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """The best linear guess of the training target from x_t (B, C, S, S), float32."""
         alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        slope, error = linear_prediction(alphas_cumprod, self.std, self.prediction_type)
-        # Most of the output may be the input's own noise, which has to cancel: no autocast.
+        slope, _ = linear_prediction(alphas_cumprod, self.std, self.prediction_type)
+        # Most of the guess may be the input's own noise, which has to cancel: no autocast.
         with torch.autocast(x_t.device.type, enabled=False):
-            return self.picture(
-                slope * self.spectrum(x_t.float()) + error * self.spectrum(residual.float())
-            )
+            return self.picture(slope * self.spectrum(x_t.float()))

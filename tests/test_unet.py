@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from conditional_diffusion import CosineNoiseScheduler, UNet
-from conditional_diffusion.unet import patch_basis, timestep_embedding
+from conditional_diffusion.unet import FILTER_SIZE, patch_basis, timestep_embedding
 from config import ModelConfig
 
 
@@ -77,7 +77,7 @@ def test_network_starts_as_the_linear_guess(tiny_model):
     model = tiny_model()
     model.measure(0.3 * torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     x_t, timesteps, labels = inputs(11)
-    expected = model.wiener(torch.zeros_like(x_t), x_t, timesteps)
+    expected = model.wiener(x_t, timesteps)
     assert expected.any()
     assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=0)
 
@@ -119,9 +119,11 @@ def test_label_timestep_and_position_change_the_output(awake_model):
 
 
 def test_label_and_timestep_act_within_the_residual_blocks(awake_model):
-    """Not only through the linear guess, which knows the timestep on its own."""
+    """Not only through the linear paths, which know the timestep on their own."""
     model = awake_model().eval()
     model.wiener.alphas_cumprod.fill_(0.5)  # makes it the same at all timesteps
+    torch.nn.init.zeros_(model.input_filter.weight)
+    torch.nn.init.zeros_(model.input_filter.bias)
     x_t, timesteps, labels = inputs(2)
     reference = model(x_t, timesteps, labels)
     assert not torch.allclose(model(x_t, timesteps + 5, labels), reference, atol=1e-4)
@@ -134,6 +136,17 @@ def test_images_of_a_batch_do_not_see_each_other(awake_model):
     together = model(x_t, timesteps, labels)
     alone = [model(x_t[i : i + 1], timesteps[i : i + 1], labels[i : i + 1]) for i in range(3)]
     assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_input_filter_reaches_across_patches(tiny_model):
+    """A tap one row below and two columns right of the centre fetches the patch from there."""
+    model = tiny_model(patch_size=2)
+    kernels = model.input_filter.bias.data.view(-1, FILTER_SIZE, FILTER_SIZE)
+    kernels[:, FILTER_SIZE // 2 + 1, FILTER_SIZE // 2 + 2] = 1.0
+    x_t, timesteps, labels = inputs(2)
+    expected = torch.zeros_like(x_t)  # zero where there is no such patch
+    expected[:, :, :-2, :-4] = x_t[:, :, 2:, 4:]
+    assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
@@ -177,10 +190,10 @@ def test_default_model_is_the_one_that_checkpoints_hold():
     state = UNet(CosineNoiseScheduler().alphas_cumprod).state_dict()
     assert {name.split(".")[0] for name in state} == {
         "time_mlp", "class_embedding", "stem", "position", "down", "middle", "up", "out_norm",
-        "out", "wiener", "patch_std",
+        "out", "wiener", "patch_std", "input_filter",
     }  # fmt: skip
-    assert len(state) == 298
-    assert sum(p.numel() for p in state.values()) == 18_485_792
+    assert len(state) == 300
+    assert sum(p.numel() for p in state.values()) == 18_640_592
 
 
 def test_defaults_agree_with_the_config():
