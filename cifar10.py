@@ -6,6 +6,7 @@ on the device (bicubic), which takes a sixteenth of the memory for the 32-pixel 
 ones are cropped to their central square and reduced once (Lanczos).
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -14,7 +15,6 @@ import pickle
 import shutil
 import socket
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +33,7 @@ SPLITS = ("train", "test")
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
               zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
 EXIF_ORIENTATION = 0x0112
+LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 TEST_NAMES = ("test", "val", "valid", "validation")
 REPOSITORY_DATA = Path("data")
 SEARCH_PATH = (
@@ -237,17 +238,23 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         return folder
     say(f"data: preparing {source} into {folder} (once)")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        if archive:
-            skipped = write_published(read_published(archive), unfinished)
-        else:
-            skipped = write_pictures(assign_splits(pictures, source), data, unfinished, progress)
-        write_info(unfinished, source, skipped, say)
-        if not folder.exists():  # another process may have been first
+    unfinished = folder.with_name(".unfinished")
+    with open(folder.with_name(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # if another process is at it, wait and take its work
+        if (folder / "info.json").exists():
+            return folder
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir()
+        try:
+            if archive:
+                skipped = write_published(read_published(archive), unfinished)
+            else:
+                splits = assign_splits(pictures, source)
+                skipped = write_pictures(splits, data, unfinished, progress)
+            write_info(unfinished, source, skipped, say)
             unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -286,7 +293,7 @@ def read_member(archive: Path, name: str) -> bytes:
         if archive.is_dir():
             return (archive / name).read_bytes()
         with tarfile.open(archive) as tar:
-            return tar.extractfile(f"cifar-10-batches-py/{name}").read()
+            return tar.extractfile(f"cifar-10-batches-py/{name}").read(LARGEST_FILE)
     except (OSError, KeyError, EOFError, tarfile.TarError) as error:
         raise DataError(f"{archive}: cannot read {name} ({error}); fetch it again") from error
 
@@ -334,10 +341,16 @@ def write_pictures(
     return len(failures)
 
 
+def content(picture: Picture) -> io.BytesIO:
+    if picture.size > LARGEST_FILE:
+        raise OSError(f"{picture.size / 2**20:.0f} MiB, more than any picture needs")
+    return io.BytesIO(picture.read())
+
+
 def measure(picture: Picture) -> tuple[int, int] | None:
     """(width, height) from the header, or None if it cannot be read."""
     try:
-        with Image.open(io.BytesIO(picture.read())) as image:
+        with Image.open(content(picture)) as image:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter
             return image.size[::-1] if turned else image.size
     except UNREADABLE:
@@ -347,7 +360,7 @@ def measure(picture: Picture) -> tuple[int, int] | None:
 def decode(picture: Picture, side: int) -> np.ndarray | str:
     """Pixels uint8 (3, side, side), or a sentence saying why the picture cannot be read."""
     try:
-        with Image.open(io.BytesIO(picture.read())) as image:
+        with Image.open(content(picture)) as image:
             rgb = to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         return f"{picture.name} (not a picture)"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cifar10 import Progress
 from conditional_diffusion.checkpoint import DAMAGED
+from conditional_diffusion.memory import in_parts
 from config import CLASS_NAMES
 from data import Split
 
@@ -172,12 +173,13 @@ def look_at(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     Features and logits are those of a picture and its mirror image, averaged.
     """
     device = model.head.weight.device
-    features, classes = [], []
-    for chunk in images.split(CHUNK):
-        batch = to_input(chunk, device).contiguous(memory_format=torch.channels_last)
+
+    def look(part: slice) -> tuple[Tensor, Tensor]:
+        batch = to_input(images[part], device).contiguous(memory_format=torch.channels_last)
         both = (model.features(batch) + model.features(batch.flip(-1))) / 2
-        features.append(both.cpu())
-        classes.append(model.head(both).argmax(1).cpu())
+        return both.cpu(), model.head(both).argmax(1).cpu()
+
+    features, classes = zip(*in_parts(look, len(images), CHUNK, "pictures to classify"))
     return torch.cat(features), torch.cat(classes)
 
 

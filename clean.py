@@ -5,10 +5,14 @@ a run is alive. Downloads and pictures that the user put into data/ are never to
 """
 
 import argparse
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from training_monitor import RUN_DIRECTORIES, RunInUse, refuse_second_run
@@ -17,6 +21,8 @@ RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[
         "checkpoints_overfit_[0-9]*", "checkpoints_demo_[0-9]*", "generated_images")  # fmt: skip
 CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pytest_cache",
           "**/__pycache__")  # fmt: skip
+SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py")
+GRACE_SECONDS = 10  # between asking a process to end and ending it
 CUDA_CACHES = (Path.home() / ".nv" / "ComputeCache", Path.home() / ".triton" / "cache")
 
 
@@ -31,6 +37,11 @@ def existing(patterns: tuple[str, ...]) -> list[Path]:
     return [path for path in found if not any(parent in found for parent in path.parents)]
 
 
+def confirmed(question: str) -> bool:
+    print(f"{question} [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def remove(paths: list[Path], *, ask: bool) -> int:
     if not paths:
         print("nothing to remove")
@@ -40,8 +51,7 @@ def remove(paths: list[Path], *, ask: bool) -> int:
     if ask:
         if not sys.stdin.isatty():
             sys.exit("error: checkpoints of a full run are among these; say CONFIRM=yes")
-        print("remove them, checkpoints of a full run included? [y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        if not confirmed("remove them, checkpoints of a full run included?"):
             print("nothing was removed")
             return 1
     for path in paths:
@@ -51,13 +61,62 @@ def remove(paths: list[Path], *, ask: bool) -> int:
     return 0
 
 
-def clean_cuda() -> int:
-    """Show the processes on the GPU; remove kernel and compile caches, which come back by use."""
+def is_leftover(pid: int) -> bool:
+    """Whether a process is a script of this repository that nobody waits for.
+
+    Its parent has died, and it is not a run that goes on in the background: that one holds the lock
+    of its directory.
+    """
+    try:
+        folder = Path(f"/proc/{pid}/cwd").resolve(strict=True)
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # gone, or another user's
+        return False
+    ours = folder == Path.cwd() and any(Path(word).name in SCRIPTS for word in words)
+    return ours and "\nPPid:\t1\n" in status and pid not in live_runs()
+
+
+def live_runs() -> list[int]:
+    """Process numbers of the runs that are alive."""
+    pids = []
+    for folder in RUN_DIRECTORIES.values():
+        try:
+            refuse_second_run(folder)
+        except RunInUse:
+            with suppress(OSError, ValueError, KeyError):
+                pids.append(json.loads((folder / "run.json").read_text())["pid"])
+    return pids
+
+
+def end(pid: int) -> None:
+    """Ask a process to end, and make it end after GRACE_SECONDS."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            os.kill(pid, 0)
+        os.kill(pid, signal.SIGKILL)
+
+
+def clean_cuda(*, ask: bool) -> int:
+    """Show who holds GPU memory, end our own leftovers, remove kernel and compile caches."""
     query = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv"]
     try:
-        print(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+        table = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         print("no NVIDIA driver answers, so no process holds GPU memory that could be shown")
+        table = ""
+    print(table or "no process is shown")
+    pids = {int(line.split(",")[0]) for line in table.splitlines() if line.split(",")[0].isdigit()}
+    for pid in sorted(filter(is_leftover, pids)):
+        print(f"process {pid} is a leftover of this repository: its parent has ended")
+        if not ask or (sys.stdin.isatty() and confirmed("end it?")):
+            end(pid)
+            print(f"ended process {pid}")
+        else:
+            print("left alone; CONFIRM=yes ends it")
     print("memory held by other processes is theirs: it comes back when they end")
     # Inductor's default place; getpass would fail for users without a passwd entry.
     user = os.environ.get("USER", "root")
@@ -71,7 +130,7 @@ def main() -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     args = parser.parse_args()
     if args.what == "cuda":
-        return clean_cuda()
+        return clean_cuda(ask=not args.yes)
     try:
         for folder in RUN_DIRECTORIES.values():
             refuse_second_run(folder)

@@ -126,9 +126,17 @@ def parse_seed(text: str, count: int) -> int:
 
 
 def choose_device(config: Config):
-    """The torch device of train.device; ConfigError where it is not to be had."""
+    """The torch device of train.device; ConfigError where it is not to be had.
+
+    With train.deterministic torch is told so as well: it has to be before the device is used.
+    """
     import torch
 
+    if config.train.deterministic:
+        # cuBLAS needs a workspace of its own per stream (its documentation, "Results
+        # reproducibility"); cuDNN follows torch's setting.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,6 +162,11 @@ def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception]
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
         sys.exit(f"error: {where}{reason}; check the path, its permissions and the disk")
+    except (RuntimeError, MemoryError) as error:
+        from conditional_diffusion.memory import reraise_unless_out_of_memory
+
+        reraise_unless_out_of_memory(error)
+        sys.exit("error: out of memory; end what else uses the device, or choose smaller settings")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -166,6 +166,10 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, data order, noise and sample grids")
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     precision: str = option("auto", "auto (bf16 where the GPU has it), fp32 or bf16")
+    deterministic: bool = option(
+        False, "the same weights bit for bit from the same seed on CUDA too, as always on a CPU; "
+        "slower"
+    )  # fmt: skip
     log_every: int = option(20, "steps between lines in metrics.jsonl")
     validate_every: int = option(500, "steps between validation losses; always at the end")
     validation_images: int = option(512, "held-out images in the validation loss")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cifar10 import CONNECTION_SECONDS, Progress
 from conditional_diffusion.checkpoint import DAMAGED
+from conditional_diffusion.memory import in_parts
 from data import Split, to_images, to_x_start
 from training_monitor import write_json
 
@@ -156,10 +157,14 @@ def extract_features(
     """Features (N, 2048) and logits (N, 1008), float32 on the CPU, of uint8 images (N, 3, S, S)."""
     device = next(network.parameters()).device
     layers = []
+
+    def look(part: slice) -> list[Tensor]:
+        return [layer.cpu() for layer in network(enlarge(batch[part].to(device), image_size))]
+
     # TF32 would make the scores depend on the kind of GPU.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for batch in progress(images.split(batch_size), -(-len(images) // batch_size), what):
-            layers.append([layer.cpu() for layer in network(enlarge(batch.to(device), image_size))])
+            layers += in_parts(look, len(batch), len(batch), "pictures for Inception")
     features, logits = (torch.cat(batches) for batches in zip(*layers))
     return features, logits
 

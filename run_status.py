@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import sys
+import textwrap
 import threading
 import time
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Run:
     facts: dict  # run.json
     train: list[dict]  # records of metrics.jsonl
     validation: list[dict]
+    warnings: list[dict]
     checkpoints: list[tuple[float, str, int]]
     samples: list[tuple[float, str, int]]
 
@@ -78,12 +80,14 @@ def find_runs(root: Path) -> list[Run]:
     for mode, name in RUN_DIRECTORIES.items():
         folder = root / name
         facts, records = read_facts(folder), read_metrics(folder)
-        train = [record for record in records if record["kind"] == "train"]
-        validation = [record for record in records if record["kind"] == "validation"]
+        train, validation, warnings = (
+            [record for record in records if record["kind"] == kind]
+            for kind in ("train", "validation", "warning")
+        )
         checkpoints = list_files(folder, "checkpoint_*.pt")
         samples = list_files(folder / "samples", "*.png")
         if facts is not UNKNOWN or records or checkpoints:
-            runs.append(Run(mode, name, facts, train, validation, checkpoints, samples))
+            runs.append(Run(mode, name, facts, train, validation, warnings, checkpoints, samples))
     return runs
 
 
@@ -143,8 +147,11 @@ def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]
     sample = f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else "none yet"
     files = [f"{name:<24}{size / 2**20:8.1f} MiB   {duration(now - modified)} ago"
              for modified, name, size in run.checkpoints[-checkpoints:]]  # fmt: skip
+    warning = run.warnings[-1] if run.warnings else None
+    cautions = textwrap.wrap(f"step {warning['step']}: {warning['message']}", 66) if warning else []
     return [
         ("state", state_text(run, now)),
+        *zip(["warning", *[""] * len(cautions)], cautions),
         ("progress", progress_text(run)),
         ("train loss", loss_text(run.train, "loss")),
         ("validation", loss_text(run.validation, "loss")),

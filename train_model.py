@@ -98,6 +98,14 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     return config
 
 
+def changes(config: Config, saved: Config) -> str:
+    """What a continued run does differently from here on, to be added to a sentence."""
+    ours, theirs = settings.flatten(config), settings.flatten(saved)
+    changed = [f"{name} {ours[name]} (was {theirs[name]})" for name in ours
+               if ours[name] != theirs[name]]  # fmt: skip
+    return ", now with " + ", ".join(changed) if changed else ""
+
+
 def load_data(config: Config, may_fall_back: bool):
     """(config, splits); without any data a small new run falls back to the pictograms, aloud."""
     arguments = {"seed": config.train.seed, "progress": progress, "say": say}
@@ -227,7 +235,7 @@ def main() -> int:
         say(describe(run, device))
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
-            say(f"continuing at step {engine.step}")
+            say(f"continuing at step {engine.step}{changes(config, saved_config)}")
         require_space(folder, run.checkpoint_bytes())
         monitor.begin(engine.step, settings.to_dict(config))
         if config.mode in ("overfit", "quick-test"):

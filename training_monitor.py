@@ -159,13 +159,22 @@ class TrainingMonitor:
     def advance(self) -> None:
         self.bar.update(1)
 
+    def append(self, kind: str, **values) -> None:
+        """One more record in metrics.jsonl, with its epoch and time."""
+        epoch = round(values["step"] / self.facts["steps_per_epoch"], 3)
+        record = {"kind": kind, "epoch": epoch, **values, "time": time.time()}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def warn(self, step: int, message: str) -> None:
+        """Say what looks wrong, and record it."""
+        self.append("warning", step=step, message=message)
+        say(f"warning at step {step}: {message}")
+
     def record(self, kind: str, **values) -> None:
         """Append one record of kind "train" or "validation" and show its losses."""
         step = values["step"]
-        record = {"kind": kind, "epoch": round(step / self.facts["steps_per_epoch"], 3), **values,
-                  "time": time.time()}  # fmt: skip
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.append(kind, **values)
         if kind == "train":
             shown = {"loss": f"{values['loss']:.4f}"}
             shown["images/s"] = f"{values['images_per_second']:.1f}"

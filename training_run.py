@@ -13,10 +13,12 @@ from command_line import build_model, build_sampler
 from conditional_diffusion import TrainingEngine, save_checkpoint
 from config import CLASS_NAMES, Config
 from data import Split, TrainingBatches, to_x_start
+from health import LossWatch
 from scores import nearest_images
 from training_monitor import (
     TrainingMonitor,
     labelled_grid,
+    read_metrics,
     sample_path,
     save_image,
     say,
@@ -95,6 +97,8 @@ class Run:
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
         self.reported_skips = self.engine.skipped_steps
+        past = read_metrics(folder) if saved is not None else []
+        self.loss_watch = LossWatch(r["loss"] for r in past if r["kind"] == "train")
         self.validation = self.spread_images(splits["test"], train.validation_images)
 
     def spread_images(self, split: Split, most: int) -> tuple[Tensor, Tensor]:
@@ -116,11 +120,16 @@ class Run:
 
     def log(self, monitor: TrainingMonitor) -> None:
         metrics = self.engine.take_metrics()
+        step, loss = self.engine.step, metrics["loss"]
         if metrics["skipped_steps"] > self.reported_skips:
             self.reported_skips = metrics["skipped_steps"]
-            say(f"step {self.engine.step}: {self.reported_skips} batches so far were skipped "
-                "because loss or gradient was not finite")  # fmt: skip
+            monitor.warn(step, f"{self.reported_skips} batches so far were skipped because loss or "
+                         "gradient was not finite")  # fmt: skip
+        if loss is None:
+            return
         monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device))
+        for warning in self.loss_watch.warnings(loss):
+            monitor.warn(step, warning)
 
     def validate(self, monitor: TrainingMonitor) -> None:
         if not len(self.validation[1]):

@@ -12,7 +12,7 @@ import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,6 +52,27 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """All tensors inside nested dicts and lists."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def require_finite(state: dict) -> None:
+    """Raise CheckpointError if weights, average or moments have gone wrong: nobody wants them."""
+    for name in ("model", "ema", "optimizer"):
+        for tensor in tensors_in(state[name]):
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(
+                    f"step {state['step']} is not saved, because numbers in its {name} are not "
+                    "finite; earlier checkpoints are intact. Lower train.learning_rate or set "
+                    "train.precision to fp32, then run again"
+                )
+
+
 def verify_checksums(path: Path) -> None:
     """Raise ValueError or BadZipFile if any part of a checkpoint is not what was written."""
     with zipfile.ZipFile(path) as archive:
@@ -63,13 +84,15 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
     """Write state as the checkpoint of state["step"], then prune to the `keep` newest.
 
     With `best` it also becomes best.pt, which pruning leaves alone. Raises CheckpointError where it
-    cannot be written; older checkpoints are then untouched.
+    cannot be written or holds numbers that are not finite; older checkpoints are then untouched.
     """
+    require_finite(state)
     path = checkpoint_path(folder, state["step"])
     unfinished = path.with_suffix(".tmp")
     state = {"format": FORMAT, "version": FORMAT_VERSION, "torch": str(torch.__version__), **state}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        require_space(path.parent, sum(tensor.nbytes for tensor in tensors_in(state)))
         with open(unfinished, "wb") as file:
             torch.save(state, file)
             file.flush()

@@ -4,8 +4,11 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("conditional_diffusion")
 # CUDA has an exception of its own; the CPU allocator raises a bare RuntimeError.
@@ -29,6 +32,37 @@ def reraise_unless_out_of_memory(error: Exception) -> None:
     expected = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not expected and CPU_MESSAGE not in str(error):
         raise error
+
+
+def empty_caches() -> None:
+    """Give back what the allocator of the GPU keeps for reuse."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_parts(work: Callable[[slice], Result], count: int, size: int, what: str) -> list[Result]:
+    """[work(part), ...] for slices of at most `size` that together cover range(count).
+
+    Where memory runs out the parts become half as large, said in the log with `what` they are.
+    Raises OutOfMemory if a single item is too much.
+    """
+    results: list[Result] = []
+    start, size = 0, min(size, count)
+    while start < count:
+        try:
+            results.append(work(slice(start, start + size)))
+        except MEMORY_ERRORS as error:
+            reraise_unless_out_of_memory(error)
+        else:
+            start += size
+            continue
+        # Out here nothing holds on to the memory of the attempt any more.
+        empty_caches()
+        if size == 1:
+            raise OutOfMemory(f"out of memory with {what} one at a time; use another device")
+        size //= 2
+        logger.warning("out of memory: %s go %d at a time from here", what, size)
+    return results
 
 
 def available_cpu_memory() -> int:

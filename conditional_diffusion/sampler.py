@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .memory import MEMORY_ERRORS, OutOfMemory, logger, reraise_unless_out_of_memory
+from .memory import in_parts
 from .noise_scheduler import CosineNoiseScheduler, posterior_coefficients
 
 
@@ -53,16 +53,6 @@ def evaluating(model: nn.Module):
         yield model
     finally:
         model.train(was_training)
-
-
-def smaller_batch(batch_size: int) -> int:
-    """Half the batch, said aloud; OutOfMemory if it was a single picture."""
-    if batch_size == 1:
-        raise OutOfMemory("out of memory while drawing a single picture; use another device")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    logger.warning("out of memory: drawing %d pictures at a time", batch_size // 2)
-    return batch_size // 2
 
 
 class Sampler:
@@ -142,20 +132,11 @@ class Sampler:
             batch_size: pictures denoised together; None means all.
             callback: called with (steps done in this batch, x_t, x_start) after each step.
         """
-        batch_size = batch_size or len(seeds)
-        pictures: list[Tensor] = []
+        def draw(part: slice) -> Tensor:
+            return self._sample_batch(model, class_labels[part], shape, seeds[part], callback)
+
         with evaluating(model):
-            while (start := sum(map(len, pictures))) < len(seeds):
-                part = slice(start, start + batch_size)
-                try:
-                    batch = self._sample_batch(
-                        model, class_labels[part], shape, seeds[part], callback
-                    )
-                except MEMORY_ERRORS as error:
-                    reraise_unless_out_of_memory(error)
-                    batch_size = smaller_batch(min(batch_size, len(seeds)))
-                else:
-                    pictures.append(batch)
+            pictures = in_parts(draw, len(seeds), batch_size or len(seeds), "pictures")
         return torch.cat(pictures)
 
     def _sample_batch(self, model, class_labels, shape, seeds, callback) -> Tensor:

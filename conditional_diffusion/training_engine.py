@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .memory import MEMORY_ERRORS, OutOfMemory, logger, reraise_unless_out_of_memory
+from .memory import (
+    MEMORY_ERRORS,
+    OutOfMemory,
+    empty_caches,
+    in_parts,
+    logger,
+    reraise_unless_out_of_memory,
+)
 from .noise_scheduler import CosineNoiseScheduler
 from .sampler import evaluating
 
@@ -180,8 +187,9 @@ class TrainingEngine:
                 break
             except MEMORY_ERRORS as error:
                 reraise_unless_out_of_memory(error)
-                self.optimizer.zero_grad()
-                self._split_further(batch_size)
+            # Out here nothing holds on to the memory of the attempt any more.
+            self.optimizer.zero_grad()
+            self._split_further(batch_size)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         # A loss that is not finite makes the norm so too: one check, one device read.
         if not torch.isfinite(grad_norm):
@@ -238,8 +246,7 @@ class TrainingEngine:
             raise OutOfMemory(
                 "out of memory with a single image at a time; use a smaller model or image size"
             )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_caches()
         self.micro_batches = min(batch_size, 2 * self.micro_batches)
         logger.warning(
             "out of memory at step %d: each batch of %d now goes through the network in %d parts, "
@@ -285,6 +292,7 @@ class TrainingEngine:
     def take_metrics(self) -> dict:
         """Means since the last call: loss, loss_quarters (least noise first), grad_norm, speed.
 
+        The loss is None if every step since was skipped.
         Speed counts training steps alone; data_wait is the share of it spent waiting for batches.
         Reading the sums waits for the device, so they are read on logging steps only.
         """
@@ -292,7 +300,7 @@ class TrainingEngine:
         metrics = {
             "step": self.step,
             "images_seen": self.images_seen,
-            "loss": sum(losses) / max(1.0, sum(counts)),
+            "loss": sum(losses) / sum(counts) if sum(counts) else None,
             "loss_quarters": [a / n if n else None for a, n in zip(losses, counts)],
             "grad_norm": self._grad_norms.item() / max(1, self._summed_steps),
             "learning_rate": self.current_learning_rate,
@@ -315,18 +323,19 @@ class TrainingEngine:
         N, T = len(x_start), self.scheduler.num_train_timesteps
         # Every class meets every noise level: labels often come sorted, timesteps must not.
         timesteps = (torch.randperm(N, generator=generator) * T // N).to(self.device)
-        total = 0.0
+        # One draw per image, so that the noise does not depend on the batch size.
+        noise = torch.stack([torch.randn(x.shape, generator=generator) for x in x_start])
+
+        def loss_of(part: slice) -> Tensor:
+            return diffusion_loss(
+                model, self.scheduler, x_start[part], noise[part].to(self.device), timesteps[part],
+                class_labels[part],
+            )  # fmt: skip
+
         with evaluating(model), self._autocast():
-            for start in range(0, N, batch_size):
-                chunk = slice(start, start + batch_size)
-                # One draw per image, so that the noise does not depend on the batch size.
-                noise = [torch.randn(x.shape, generator=generator) for x in x_start[chunk]]
-                noise = torch.stack(noise).to(self.device)
-                total += diffusion_loss(
-                    model, self.scheduler, x_start[chunk], noise, timesteps[chunk],
-                    class_labels[chunk],
-                ).sum().item()  # fmt: skip
-        return total / N
+            size = -(-batch_size // self.micro_batches)
+            losses = in_parts(loss_of, N, size, "validation images")
+        return torch.cat(losses).mean().item()
 
     def fit(
         self,

@@ -2,9 +2,11 @@
 
 import errno
 import io
+import math
 import os
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -405,3 +407,26 @@ def test_too_little_space_is_named(tmp_path):
     require_space(tmp_path, 1)
     with pytest.raises(CheckpointError, match="MiB free, but a checkpoint needs"):
         require_space(tmp_path, 2**60)
+
+
+def test_space_is_looked_at_before_every_write(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(1), keep=1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)  # bytes; the tensors take more
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(torch, "save", lambda *arguments: pytest.fail("began to write"))
+    with pytest.raises(CheckpointError, match="MiB free, but a checkpoint needs"):
+        save_checkpoint(tmp_path, state(2), keep=1)
+    assert_old_one_intact(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_what_is_not_finite_is_never_saved(tmp_path, part, value):
+    save_checkpoint(tmp_path, state(1), keep=1, best=True)
+    poisoned = state(2)
+    holder = poisoned["optimizer"]["state"][0] if part == "optimizer" else poisoned[part]
+    holder["exp_avg" if part == "optimizer" else "out.weight"][1, 2] = value
+    with pytest.raises(CheckpointError, match=f"step 2 is not saved.*{part}.*not finite"):
+        save_checkpoint(tmp_path, poisoned, keep=1, best=True)
+    assert names(tmp_path) == ["best.pt", "checkpoint_00000001.pt"]
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 1

@@ -1,6 +1,8 @@
 """The scripts as a user runs them: whole small runs, resuming, and every kind of bad input."""
 
 import json
+import math
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,9 @@ from PIL import Image
 import generate_samples
 import prepare_data
 import train_model
+from conditional_diffusion.checkpoint import load_newest
 from config import CLASS_NAMES
+from data import TrainingBatches
 from training_monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +107,49 @@ def test_interrupted_run_continues_to_the_same_weights(call, number):
     assert steps == list(range(1, 11))
 
 
+def test_deterministic_run_uses_deterministic_algorithms(call, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1]
+    try:
+        assert call(train_model, *arguments, "--train.deterministic", "true")[0] == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_batches_that_diverge_are_skipped_with_a_warning_in_the_records(call, monkeypatch):
+    """Those of steps 3 and 4 are poisoned; then every one is."""
+    batch = TrainingBatches.batch
+    poisoned = {3, 4}
+
+    def poison(self, index, step):
+        x_start, labels = batch(self, index, step)
+        return (x_start * math.nan if step in poisoned else x_start), labels
+
+    monkeypatch.setattr(TrainingBatches, "batch", poison)
+    arguments = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 10, "--train.log_every", 1]
+    status, said = call(train_model, *arguments, "--epochs", 1)
+    assert status == 0 and "warning at step 5: 2 batches so far were skipped" in said
+    records = read_metrics(Path("checkpoints"))
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 6, 7, 8, 9, 10]
+    poisoned.update(range(12, 99))
+    status, said = call(train_model, *arguments, "--epochs", 9)
+    assert status == 1
+    assert_one_sentence(said, "not finite at step 17", "learning rate", "float32")
+    assert load_newest([Path("checkpoints")], warn=pytest.fail)[1]["step"] == 10
+
+
+def test_memory_that_runs_out_anywhere_else_is_a_sentence(call, monkeypatch):
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_model, "Run", exhausted)
+    status, said = call(train_model, "--demo", *TINY_FLAGS)
+    assert status == 1
+    assert_one_sentence(said, "out of memory")
+
+
 def test_time_limit_saves_and_says_try_again(call):
     full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 3]
     status, said = call(train_model, *full, "--train.max_hours", 1e-9)
@@ -125,7 +172,8 @@ def test_plain_command_continues_with_the_settings_of_the_run(call):
     full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 3, "--batch-size", 5]
     call(train_model, *full, "--train.max_hours", 1e-9)
     status, said = call(train_model, "--full", "--train.weight_decay", 0.5)
-    assert status == 0 and "batch 5, 12 steps" in said and "continuing at step 1" in said
+    assert status == 0 and "batch 5, 12 steps" in said
+    assert "continuing at step 1, now with " in said and "train.weight_decay 0.5 (was 0.01)" in said
     state = torch.load("checkpoints/checkpoint_00000012.pt", weights_only=True)
     assert state["config"]["train"]["weight_decay"] == 0.5
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5

@@ -5,9 +5,13 @@ import http.server
 import io
 import os
 import pickle
+import struct
 import tarfile
 import threading
+import time
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +41,17 @@ def png(color, size=(8, 8), mode="RGB") -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, color).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG that claims this size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + checksum + b"\0\0\x10\0IDAT"
+
+
+def nothing_prepared(folder: Path) -> bool:
+    return [path.name for path in (folder / "data" / "prepared").iterdir()] == [".lock"]
 
 
 def shade(split: str, label: int, index: int) -> tuple[int, int, int]:
@@ -146,8 +161,35 @@ def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
         patch.setattr(cifar10, "write_info", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(data_dir=str(source))
-    assert list((tmp_path / "data" / "prepared").iterdir()) == []
+    assert nothing_prepared(tmp_path)
     assert_small_source(load(data_dir=str(source))[0])
+
+
+def test_what_a_killed_preparation_left_goes_with_the_next(tmp_path):
+    source = write_tree(tmp_path / "pictures", class_tree())
+    left = tmp_path / "data" / "prepared" / ".unfinished"
+    left.mkdir(parents=True)
+    (left / "train_images.npy").write_bytes(b"half")
+    assert_small_source(load(data_dir=str(source))[0])
+    assert not left.exists()
+
+
+def test_two_processes_prepare_once(tmp_path, monkeypatch):
+    """The second waits for the first and takes what it made."""
+    source = write_tree(tmp_path / "pictures", class_tree())
+    calls, write_info = [], cifar10.write_info
+
+    def slowly(*arguments):
+        calls.append(arguments)
+        time.sleep(0.3)
+        write_info(*arguments)
+
+    monkeypatch.setattr(cifar10, "write_info", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: load(data_dir=str(source))[0], range(2)))
+    assert len(calls) == 1
+    for splits in both:
+        assert_small_source(splits)
 
 
 def test_large_and_odd_pictures_become_squares_of_the_image_size(tmp_path):
@@ -231,7 +273,7 @@ def test_a_class_without_a_readable_picture_stops_even_when_skipping(tmp_path):
     files = {name: b"x" if "train/frog" in name else c for name, c in class_tree().items()}
     with pytest.raises(DataError, match="no readable training picture of frog"):
         load(data_dir=str(write_tree(tmp_path / "pictures", files)), skip_unreadable=True)
-    assert not list((tmp_path / "data" / "prepared").iterdir())
+    assert nothing_prepared(tmp_path)
 
 
 def test_few_pictures_without_a_split_hold_out_one_per_class(tmp_path):
@@ -246,7 +288,9 @@ def test_few_pictures_without_a_split_hold_out_one_per_class(tmp_path):
         ("train/frog/note.png", b"this is a text", "note.png"),
         ("train/frog/half.png", png((9, 9, 9), (64, 64))[:-40], "half.png"),
         ("test/frog/empty.jpg", b"", "empty.jpg"),
+        ("train/frog/bomb.png", png_header(30_000, 30_000), "bomb.png.*bomb DOS"),
     ],
+    ids=["text", "half", "empty", "bomb"],
 )
 @pytest.mark.parametrize("zipped", [False, True])
 def test_unreadable_picture_stops_or_is_skipped_by_name(tmp_path, name, content, word, zipped):
@@ -256,10 +300,20 @@ def test_unreadable_picture_stops_or_is_skipped_by_name(tmp_path, name, content,
     with pytest.raises(DataError, match=word) as error:
         load(data_dir=str(source))
     assert "1 of 41 pictures" in str(error.value)
-    assert not list((tmp_path / "data" / "prepared").iterdir())
+    assert nothing_prepared(tmp_path)
     splits, said = load(data_dir=str(source), skip_unreadable=True)
     assert (len(splits["train"]), len(splits["test"])) == (30, 10)
     assert any("1 unreadable" in line for line in said)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch, zipped):
+    monkeypatch.setattr(cifar10, "LARGEST_FILE", 2 * 2**20)
+    files = {**class_tree(), "train/frog/zeros.png": bytes(3 * 2**20)}
+    source = tmp_path / "pictures"
+    write_zip(source / "a.zip", files) if zipped else write_tree(source, files)
+    with pytest.raises(DataError, match="zeros.png.*3 MiB, more than any picture"):
+        load(data_dir=str(source))
 
 
 def test_missing_class_is_named(tmp_path):

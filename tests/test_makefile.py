@@ -1,9 +1,12 @@
 """The user's front door: every target's command parses, and variables reach the scripts."""
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,8 +166,6 @@ def test_clean_removes_runs_only_after_listing_them(copy):
 
 
 def test_clean_refuses_while_a_run_is_alive(copy):
-    import fcntl
-
     folder = copy / "checkpoints_demo"
     folder.mkdir()
     with open(folder / "run.lock", "w") as lock:
@@ -172,3 +173,56 @@ def test_clean_refuses_while_a_run_is_alive(copy):
         result = make("clean", "CONFIRM=yes", folder=copy)
     assert result.returncode != 0 and "in use" in result.stderr
     assert folder.exists()
+
+
+@pytest.fixture
+def orphan(copy):
+    """orphan(script): a process of the copy whose parent has died; ended after the test."""
+    pids = []
+
+    def start(script: str) -> int:
+        (copy / script).write_text("import time; time.sleep(60)")
+        shell = f"{sys.executable} {script} > /dev/null 2>&1 & echo $!"
+        pids.append(int(subprocess.check_output(["sh", "-c", shell], cwd=copy)))
+        return pids[-1]
+
+    yield start
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_clean_cuda_ends_own_leftovers_and_nothing_else(copy, orphan, tmp_path, monkeypatch):
+    ours, foreign, live = map(orphan, ("generate_samples.py", "other.py", "train_model.py"))
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", "train_model.py"], cwd=copy
+    ) as child:  # ours by its name, but its parent waits for it
+        listed = "\\n".join(f"{pid}, python, 9 MiB" for pid in (ours, foreign, live, child.pid))
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.parent.mkdir()
+        smi.write_text(f"#!/bin/sh\nprintf 'pid, process_name, used\\n{listed}\\n'")
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+        monkeypatch.setenv("HOME", str(tmp_path))  # whose caches it may clear
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        run = copy / "checkpoints"
+        run.mkdir()
+        (run / "run.json").write_text(json.dumps({"pid": live, "host": "here", "started": 0}))
+        with open(run / "run.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            asked = make("clean-cuda", folder=copy)
+            everything_ran = all(map(is_running, (ours, foreign, live, child.pid)))
+            done = make("clean-cuda", "CONFIRM=yes", folder=copy)
+        running = [is_running(pid) for pid in (ours, foreign, live, child.pid)]
+        child.kill()
+    assert asked.returncode == done.returncode == 0, asked.stderr + done.stderr
+    assert everything_ran and "left alone; CONFIRM=yes" in asked.stdout
+    assert f"ended process {ours}" in done.stdout and "is theirs" in done.stdout
+    assert running == [False, True, True, True]

@@ -463,7 +463,7 @@ def test_out_of_memory_draws_fewer_at_a_time_and_the_same_pictures(awake_model, 
     model.forward = limited
     found = sampler.sample(model, labels, (3, 16, 16), seeds)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert "drawing 1 pictures at a time" in caplog.text
+    assert "pictures go 1 at a time" in caplog.text
 
 
 def test_out_of_memory_with_one_picture_is_a_sentence(schedule):
@@ -473,5 +473,5 @@ def test_out_of_memory_with_one_picture_is_a_sentence(schedule):
     network = torch.nn.Module()
     network.forward = model
     sampler = DDPMSampler(schedule(), num_inference_steps=3)
-    with pytest.raises(OutOfMemory, match="a single picture"):
+    with pytest.raises(OutOfMemory, match="pictures one at a time"):
         sampler.sample(network, torch.arange(4), (3, 4, 4), range(4))

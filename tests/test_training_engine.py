@@ -445,6 +445,16 @@ def test_validation_loss_repeats_itself_and_ignores_the_batch_size(schedule, awa
     assert other_seed.validation_loss(model, *batch, 13) != reference
 
 
+def test_validation_that_runs_out_of_memory_goes_on_in_parts(schedule, awake_model, caplog):
+    batch = images(13)
+    expected = engine_for(awake_model(), schedule()).validation_loss(awake_model(), *batch, 13)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    limited = out_of_memory_above(awake_model(), 4, error)
+    found = engine_for(awake_model(), schedule()).validation_loss(limited, *batch, 13)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert "validation images go 3 at a time" in caplog.text
+
+
 def test_validation_noise_of_odd_sized_images_ignores_the_batch_size(schedule):
     """torch draws random numbers in groups of 16, which 75 numbers an image do not fill."""
     model = Probe()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import training_monitor
+from run_status import find_runs, format_status
 from training_monitor import RunInUse, TrainingMonitor, read_metrics
 
 FACTS = {"mode": "demo", "device": "cpu", "total_steps": 100, "steps_per_epoch": 10,
@@ -103,3 +104,15 @@ def test_curves_are_drawn_from_any_amount_of_records(tmp_path):
         with Image.open(path) as image:
             assert image.size == (1350, 720)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_warning_is_said_recorded_and_shown_by_status(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    with TrainingMonitor(folder, **FACTS) as monitor:
+        monitor.begin(0, {})
+        monitor.warn(3, "loss 9 is 4.0 times what was usual before")
+        monitor.end("finished")
+    assert "warning at step 3: loss 9 is 4.0 times" in capsys.readouterr().out
+    (record,) = read_metrics(folder)
+    assert (record["kind"], record["step"]) == ("warning", 3)
+    assert "  warning      step 3: loss 9 is 4.0 times" in format_status(find_runs(tmp_path), 0.0)
