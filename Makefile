@@ -87,7 +87,7 @@ monitor:  ## Live view of the run and the GPU
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
 	@$(PYTHON) gpu_status.py
 
-bench: $(ENVIRONMENT)  ## Seconds per image of a training and a sampling step on this machine
+bench: $(ENVIRONMENT)  ## Speed and memory of training and sampling on this machine
 	@$(PYTHON) benchmark.py $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
 
 check: $(TEST_ENVIRONMENT)  ## The test suite

@@ -1,52 +1,64 @@
-"""Time a training step and a sampling step of the default model on this machine (`make bench`).
+"""Measure training and sampling of the default model on this machine (`make bench`).
 
-With --peer the same work is timed in the same run with diffusers' UNet2DModel, where that package
-is installed: the two take turns, so that the ratio holds on a machine whose speed drifts.
+Every part is timed in turns with what it is compared to, so that the ratios hold on a machine whose
+speed drifts. --peer adds other networks for the same task, where their packages are installed;
+--sizes adds the cost by image size; on CUDA the batch size and each optimisation follow by
+themselves. Everything measured also lands in a JSON file.
 """
 
+import multiprocessing
 import statistics
-import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 import config as settings
-from command_line import (
-    Parser,
-    add_config_flags,
+from build import (
     build_model,
     choose_device,
-    config_overrides,
-    exit_with,
-    parse_count,
+    precision_name,
+    sampling_dtype,
+    switched_on,
+    training_dtype,
 )
+from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_count
+from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine
+from conditional_diffusion.sampler import autocast
 from config import CLASS_NAMES, Config, ConfigError
+from data import Split, TrainingBatches
+from peers import PEERS
+from training_monitor import to_uint8, write_json
+from training_run import peak_memory_gib
 
-PEER_CHANNELS = (64, 64, 128, 128, 256, 256)
-MATMUL_SIZE = 2048
-BURN_IN = 2  # rounds that are not counted
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+BURN_IN = 2  # calls of each that are not counted
+PICTURES = 512  # in the set that data loading is timed with
+DATA_BATCH, DATA_BATCHES = 64, 10  # pictures in a batch, batches in a stretch
+MEMORY_BATCH = 16
+BATCH_SIZES = (64, 128, 256, 512, 1024)  # on CUDA
+IMAGE_SIZES = (32, 64, 128, 256)
+GRID_PICTURES = 100
+SWITCHES = {
+    "without compile": {"train.compile": "false"},
+    "without channels_last": {"train.channels_last": "false"},
+    "without mixed precision": {"train.precision": "fp32"},
+}
 USER_ERRORS = (ConfigError,)
 
 
-class Peer(torch.nn.Module):
-    """diffusers' UNet2DModel behind our signature."""
-
-    def __init__(self, image_size: int):
-        from diffusers import UNet2DModel
-
-        super().__init__()
-        levels = len(PEER_CHANNELS)
-        down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
-        down[-2], up[1] = "AttnDownBlock2D", "AttnUpBlock2D"
-        self.network = UNet2DModel(
-            sample_size=image_size, block_out_channels=PEER_CHANNELS, down_block_types=tuple(down),
-            up_block_types=tuple(up), num_class_embeds=len(CLASS_NAMES) + 1,
-        )  # fmt: skip
-
-    def forward(self, x_t, timesteps, class_labels):
-        return self.network(x_t, timesteps, class_labels=class_labels).sample
+# ---- timing --------------------------------------------------------------------------------------
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -59,17 +71,6 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def train_step(model, optimizer, batch) -> None:
-    optimizer.zero_grad()
-    model(*batch).square().mean().backward()
-    optimizer.step()
-
-
-@torch.no_grad()
-def sample_step(model, batch) -> None:
-    model(*batch)
-
-
 def time_in_turns(works: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for round_number in range(BURN_IN + rounds):
@@ -80,65 +81,294 @@ def time_in_turns(works: dict[str, Callable], rounds: int, device) -> dict[str, 
     return times
 
 
-def report(what: str, times: dict[str, list[float]], images: int) -> None:
-    ours = statistics.median(times["ours"])
-    for name, values in times.items():
-        middle = statistics.median(values)
-        print(
-            f"{what:<14} {name:<10} {middle / images:8.4f} s/image, {min(values) / images:.4f} to "
-            f"{max(values) / images:.4f}, n {len(values)}; {middle / ours:.2f} x ours"
-        )
+class Report:
+    """Prints a line per measurement and keeps it for the JSON file."""
+
+    def __init__(self, facts: dict):
+        self.content = {"facts": facts, "measurements": []}
+        print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+
+    def add(self, what: str, name: str, times: list[float], images: int, *, flops: float = 0.0,
+            peak: float = 0.0, **more) -> None:  # fmt: skip
+        """Durations of calls that process so many images and take so many FLOPs each."""
+        middle = statistics.median(times)
+        record = {
+            "what": what, "name": name, "n": len(times), "images": images,
+            "seconds_per_image": middle / images, "images_per_second": images / middle,
+            "fastest": min(times) / images, "slowest": max(times) / images, **more,
+        }  # fmt: skip
+        line = (f"{what:<16} {name:<28} {images / middle:10.4g} images/s  {middle / images:9.3g} "
+                f"s/image, {min(times) / images:.3g} to {max(times) / images:.3g}, n {len(times)}")
+        if flops and peak:
+            record["share_of_peak"] = flops / middle / peak
+            line += f"; {record['share_of_peak']:.0%} of the matmul peak"
+        self.content["measurements"].append(record)
+        print("; ".join([line, *(f"{key} {value}" for key, value in more.items())]), flush=True)
+
+    def note(self, what: str, name: str, **values) -> None:
+        self.content["measurements"].append({"what": what, "name": name, **values})
+        listed = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        print(f"{what:<16} {name:<28} {listed}", flush=True)
 
 
-def run(config: Config, rounds: int, peer: bool) -> None:
-    device, size = choose_device(config), config.data.image_size
-    images = config.train.batch_size
-    models = {"ours": build_model(config, device)[0]}
-    if peer:
-        models["diffusers"] = Peer(size).to(device)
-    batch = (
-        torch.randn(images, 3, size, size, device=device),
-        torch.arange(images, device=device) * 997 % config.diffusion.num_train_timesteps,
-        torch.arange(images, device=device) % len(CLASS_NAMES),
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32, batch "
-          f"{images}, {size}x{size}")  # fmt: skip
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device)
-    product = time_in_turns({"matmul": lambda: a @ b}, 10, device)["matmul"]
-    print(f"matmul peak {2 * MATMUL_SIZE**3 / min(product) / 1e9:.0f} GFLOP/s")
-    for name, model in models.items():
-        with FlopCounterMode(display=False) as counter:
-            sample_step(model, batch)
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        print(f"{name}: {parameters:.1f} M parameters, forward "
-              f"{counter.get_total_flops() / images / 1e9:.1f} GFLOP/image")  # fmt: skip
-    optimizers = {
-        name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()
-    }
-    training = {
-        name: lambda model=model, optimizer=optimizers[name]: train_step(model, optimizer, batch)
-        for name, model in models.items()
-    }
-    report("training step", time_in_turns(training, rounds, device), images)
-    sampling = {
-        name: lambda model=model: sample_step(model, batch) for name, model in models.items()
-    }
-    report("sampling step", time_in_turns(sampling, rounds, device), images)
+# ---- what is timed -------------------------------------------------------------------------------
+
+
+def random_batch(images: int, size: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    x_start = torch.rand(images, 3, size, size, device=device) * 2 - 1
+    return x_start, torch.arange(images, device=device) % len(CLASS_NAMES)
+
+
+def forward_flops(model: nn.Module, size: int, device) -> float:
+    """Of one image, multiplications and additions apart, as torch counts them."""
+    x_t, labels = random_batch(1, size, device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x_t, labels, labels)
+    return counter.get_total_flops()
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype | None) -> float:
+    """FLOP/s of a large matrix product in this precision: what the machine can do at best."""
+    size = MATMUL_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype or torch.float32)
+    times = time_in_turns({"matmul": lambda: a @ b}, 10, device)["matmul"]
+    return 2 * size**3 / min(times)
+
+
+def engine_for(model: nn.Module, config: Config, device: torch.device) -> TrainingEngine:
+    """The product's training step around any network of our signature."""
+    scheduler = CosineNoiseScheduler(image_size=config.data.image_size).to(device)
+    engine = TrainingEngine(
+        model, scheduler, total_steps=10**6, learning_rate=1e-4,
+        autocast_dtype=training_dtype(config, device),
+    )  # fmt: skip
+    if switched_on(config.train.compile, device):
+        engine.network = torch.compile(model)
+    return engine
+
+
+def sample_step(model: nn.Module, batch, dtype: torch.dtype | None) -> None:
+    x_t, labels = batch
+    with torch.no_grad(), autocast(x_t.device, dtype):
+        model(x_t, labels, labels)
+
+
+def usual_loader(images: torch.Tensor, folder: Path) -> DataLoader:
+    """The same pictures as PNG files, decoded one by one by torchvision in two workers."""
+    for index, pixels in enumerate(to_uint8(images)):
+        path = folder / str(index % len(CLASS_NAMES)) / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    transform = transforms.Compose([
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize([0.5] * 3, [0.5] * 3),
+    ])  # fmt: skip
+    return DataLoader(ImageFolder(folder, transform), DATA_BATCH, shuffle=True, num_workers=2,
+                      drop_last=True, persistent_workers=True)  # fmt: skip
+
+
+def repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def endless(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
+    while True:
+        yield from loader
+
+
+# ---- the parts of the benchmark ------------------------------------------------------------------
+
+
+def compare_data(report: Report, config: Config, rounds: int, device: torch.device) -> float:
+    """Batches as training takes them against a DataLoader; returns our seconds per image."""
+    images, size, times = DATA_BATCH, config.data.image_size, {}
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randint(256, (PICTURES, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    split = Split(originals, torch.arange(PICTURES) % len(CLASS_NAMES))
+    ours = TrainingBatches(split, config.data, images, 0, device).starting_at(0)
+    enlarged = nn.functional.interpolate(originals / 127.5 - 1, size=size, mode="bicubic")
+    # One after the other, or the workers would fetch ahead while ours is timed; and in long
+    # stretches, which what they have fetched ahead at the beginning cannot shorten.
+    with tempfile.TemporaryDirectory() as folder:
+        batches = endless(usual_loader(enlarged, Path(folder)))
+        works = {
+            "ours": lambda: next(ours),
+            f"DataLoader, 2 workers, {size}x{size} PNGs": lambda: next(batches)[0].to(device),
+        }
+        for name, work in works.items():
+            stretch = partial(repeat, work, DATA_BATCHES)
+            times[name] = time_in_turns({name: stretch}, rounds, device)[name]
+            report.add("data", name, times[name], DATA_BATCHES * images)
+    return statistics.median(times["ours"]) / (DATA_BATCHES * images)
+
+
+def compare_networks(report: Report, config: Config, networks: dict[str, nn.Module], rounds: int,
+                     device: torch.device) -> dict[str, float]:  # fmt: skip
+    """Training step and sampling step of each; returns seconds per image of the training steps."""
+    images, size = config.train.batch_size, config.data.image_size
+    dtypes = training_dtype(config, device), sampling_dtype(config, device)
+    peaks = {dtype: matmul_peak(device, dtype) for dtype in set(dtypes)}
+    for dtype, peak in peaks.items():
+        report.note("matmul peak", precision_name(dtype), TFLOP_per_second=peak / 1e12)
+    flops = {name: forward_flops(model, size, device) for name, model in networks.items()}
+    for name, model in networks.items():
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        report.note("network", name, parameters_M=parameters / 1e6,
+                    forward_GFLOP_per_image=flops[name] / 1e9)  # fmt: skip
+    batch = random_batch(images, size, device)
+    sampling = time_in_turns(
+        {name: partial(sample_step, model, batch, dtypes[1]) for name, model in networks.items()},
+        rounds, device,
+    )  # fmt: skip
+    engines = {name: engine_for(model, config, device) for name, model in networks.items()}
+    training = time_in_turns(
+        {name: partial(engine.train_step, *batch) for name, engine in engines.items()},
+        rounds, device,
+    )  # fmt: skip
+    for name in networks:
+        # Backward computes two products for every one of forward.
+        report.add("training step", name, training[name], images, peak=peaks[dtypes[0]],
+                   flops=3 * flops[name] * images)  # fmt: skip
+    for name in networks:
+        report.add("sampling step", name, sampling[name], images, peak=peaks[dtypes[1]],
+                   flops=flops[name] * images)  # fmt: skip
+    return {name: statistics.median(values) / images for name, values in training.items()}
+
+
+def peak_of_a_step(connection, config: Config, name: str) -> None:
+    """In a process of its own, whose peak no other work has raised."""
+    device = choose_device(config)
+    batch = random_batch(MEMORY_BATCH, config.data.image_size, device)
+    engine = engine_for(new_network(name, config, device), config, device)
+    before = peak_memory_gib(device)
+    for _ in range(2):
+        engine.train_step(*batch)
+    connection.send((before, peak_memory_gib(device)))
+
+
+def compare_memory(report: Report, config: Config, names: list[str]) -> None:
+    context = multiprocessing.get_context("spawn")
+    for name in names:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=peak_of_a_step, args=(theirs, config, name))
+        process.start()
+        before, peak = ours.recv()
+        process.join()
+        report.note(f"memory, batch {MEMORY_BATCH}", name, peak_GiB=peak, before_GiB=before)
+
+
+def compare_sizes(report: Report, config: Config, rounds: int, device: torch.device) -> None:
+    """Training step by image size; the same pixels per batch, so that only the size differs."""
+    pixels = config.train.batch_size * config.data.image_size**2
+    engines, batches, flops = {}, {}, {}
+    for size in IMAGE_SIZES:
+        sized = replace(config, data=replace(config.data, image_size=size))
+        model, _ = build_model(sized, device)
+        flops[size] = forward_flops(model, size, device)
+        engines[size] = engine_for(model, sized, device)
+        batches[size] = random_batch(max(1, pixels // size**2), size, device)
+    times = time_in_turns(
+        {size: partial(engines[size].train_step, *batches[size]) for size in IMAGE_SIZES},
+        rounds, device,
+    )  # fmt: skip
+    for size in IMAGE_SIZES:
+        images = len(batches[size][0])
+        each = statistics.median(times[size]) / images
+        report.add("training step", f"{size}x{size}", times[size], images,
+                   GFLOP_per_image=round(flops[size] / 1e9, 2),
+                   microseconds_per_pixel=round(1e6 * each / size**2, 3))  # fmt: skip
+
+
+def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.device) -> None:
+    """What only a GPU shows: batch sizes, each optimisation taken away, whole grids."""
+    size = config.data.image_size
+    peak = matmul_peak(device, training_dtype(config, device))
+    variants = {f"batch {n}": ({}, n) for n in BATCH_SIZES}
+    variants |= {name: (changes, config.train.batch_size) for name, changes in SWITCHES.items()}
+    for name, (changes, images) in variants.items():
+        changed = settings.apply_overrides(config, changes)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        engine = engine_for(build_model(changed, device)[0], changed, device)
+        flops = 3 * images * forward_flops(engine.model, size, device)
+        batch = random_batch(images, size, device)
+        work = {name: partial(engine.train_step, *batch)}
+        report.add("training step", name, time_in_turns(work, rounds, device)[name], images,
+                   flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
+                   parts=engine.micro_batches)  # fmt: skip
+        del engine, batch, work
+    model, scheduler = build_model(config, device)
+    labels = torch.arange(GRID_PICTURES, device=device) % len(CLASS_NAMES)
+    for sampler, steps in (("ddpm", 1000), ("ddpm", 50), ("dpm-solver++", 20)):
+        chain = SAMPLERS[sampler](
+            scheduler, num_inference_steps=steps, guidance_scale=2.0,
+            autocast_dtype=sampling_dtype(config, device),
+        )  # fmt: skip
+        draw = partial(chain.sample, model, labels, (3, size, size), range(GRID_PICTURES))
+        report.add("grid", f"{sampler}, {steps} steps, guided", [seconds(draw, device)],
+                   GRID_PICTURES)  # fmt: skip
+
+
+def new_network(name: str, config: Config, device: torch.device) -> nn.Module:
+    if name == "ours":
+        return build_model(config, device)[0]
+    return PEERS[name](config.data.image_size).to(device)
+
+
+@contextmanager
+def always_written(report: Report, path: Path):
+    """The JSON file holds what was measured, also where a later part fails."""
+    try:
+        yield
+    finally:
+        write_json(path, report.content)
+        print(f"written to {path}")
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--peer", action="store_true", help="time other networks as well")
+    parser.add_argument("--sizes", action="store_true", help="also the cost by image size")
+    parser.add_argument("--rounds", metavar="N", default="9", help="timed calls of each (9)")
+    parser.add_argument("--json", metavar="FILE", default="benchmark.json",
+                        help="where the figures go (benchmark.json)")  # fmt: skip
+    add_config_flags(parser, ("model", "data", "train", "sample"))
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--peer", action="store_true", help="time diffusers' UNet2DModel as well")
-    parser.add_argument("--rounds", metavar="N", default="9", help="timed calls of each (9)")
-    add_config_flags(parser, ("model", "data", "train"))
-    args = parser.parse_args()
-    overrides = {"train.batch_size": "4", **config_overrides(args)}
+    args = parse_arguments()
+    rounds = parse_count("--rounds", args.rounds)
+    overrides = config_overrides(args)
+    device = choose_device(settings.apply_overrides(settings.full(), overrides))
+    overrides.setdefault("train.batch_size", "4" if device.type == "cpu" else "128")
     config = settings.apply_overrides(settings.full(), overrides)
-    try:
-        run(config, parse_count("--rounds", args.rounds), args.peer)
-    except ImportError as error:
-        sys.exit(f"error: --peer needs {error.name}; install it: pip install diffusers")
+    on_cuda = device.type == "cuda"
+    report = Report({
+        "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",
+        "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+        "training": precision_name(training_dtype(config, device)),
+        "sampling": precision_name(sampling_dtype(config, device)),
+        "batch": config.train.batch_size, "image_size": config.data.image_size,
+    })  # fmt: skip
+    with always_written(report, Path(args.json)):
+        networks = {"ours": new_network("ours", config, device)}
+        for name in PEERS if args.peer else ():
+            try:
+                networks[name] = new_network(name, config, device)
+            except ImportError as error:
+                print(f"{name} is left out: {error.name} is not installed")
+        per_image = compare_networks(report, config, networks, rounds, device)
+        data = compare_data(report, config, rounds, device)
+        report.note("data", "share of a training step", share=data / per_image["ours"])
+        names = list(networks)
+        networks.clear()
+        compare_memory(report, config, names)
+        if args.sizes:
+            compare_sizes(report, config, rounds, device)
+        if on_cuda:
+            compare_on_cuda(report, config, rounds, device)
     return 0
 
 

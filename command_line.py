@@ -1,4 +1,4 @@
-"""What the scripts share: flags for every setting, errors in one sentence, the device."""
+"""What the scripts share: flags for every setting, errors in one sentence."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import config as settings
-from config import CLASS_NAMES, Config, ConfigError
+from config import CLASS_NAMES, ConfigError
 
 # Flags for the common choices, beside the full names that every setting has.
 TRAINING_FLAGS = {
@@ -125,33 +125,6 @@ def parse_seed(text: str, count: int) -> int:
     return seed
 
 
-def choose_device(config: Config):
-    """The torch device of train.device; ConfigError where it is not to be had.
-
-    With train.deterministic torch is told so as well: it has to be before the device is used.
-    """
-    import torch
-
-    if config.train.deterministic:
-        # cuBLAS needs a workspace of its own per stream (its documentation, "Results
-        # reproducibility"); cuDNN follows torch's setting.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    name = config.train.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # runs a kernel, which a mere allocation would not
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device {name!r} cannot be used ({reason}); `make gpu-status` tells more, "
-            "`--device cpu` works anywhere"
-        ) from error
-    return device
-
-
 def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception], ...]) -> None:
     """Call main and exit; a user's mistake becomes one sentence on stderr and status 1."""
     try:
@@ -169,37 +142,3 @@ def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception]
         sys.exit("error: out of memory; end what else uses the device, or choose smaller settings")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def build_model(config: Config, device):
-    """(UNet, CosineNoiseScheduler) of a config, on the device; weights drawn from its seed."""
-    import torch
-
-    from conditional_diffusion import CosineNoiseScheduler, UNet
-
-    scheduler = CosineNoiseScheduler(
-        config.diffusion.num_train_timesteps,
-        image_size=config.data.image_size,
-        reference_size=config.diffusion.reference_size,
-        prediction_type=config.diffusion.prediction_type,
-    )
-    torch.manual_seed(config.train.seed)
-    model = UNet(
-        scheduler.alphas_cumprod, prediction_type=scheduler.prediction_type,
-        image_size=config.data.image_size, num_classes=len(CLASS_NAMES), **vars(config.model),
-    )  # fmt: skip
-    return model.to(device), scheduler.to(device)
-
-
-def build_sampler(config: Config, scheduler, *, grid: bool = False):
-    """The sampler of a config; with `grid` the quicker one of the grids drawn during training."""
-    from conditional_diffusion import SAMPLERS
-
-    sample = config.sample
-    name = sample.grid_sampler if grid else sample.sampler
-    options = {"eta": sample.eta} if name == "ddim" else {}
-    return SAMPLERS[name](
-        scheduler, num_inference_steps=sample.grid_steps if grid else sample.num_inference_steps,
-        guidance_scale=sample.guidance_scale, guidance_interval=sample.guidance_interval,
-        clip_x_start=sample.clip_x_start, **options,
-    )  # fmt: skip

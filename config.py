@@ -15,6 +15,8 @@ CLASS_NAMES = (
 
 
 LARGEST_SEED = 2**63 - 1
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+AUTO_BATCH = 0  # what "auto" means as a batch size
 
 
 class ConfigError(ValueError):
@@ -150,7 +152,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     epochs: int = option(100, "passes over the training images")
-    batch_size: int = option(128, "images per optimizer step")
+    batch_size: int = option(128, "images per optimizer step; auto or 0: what fits on the GPU")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     warmup_steps: int = option(500, "steps of linear warm-up to the peak")
     final_lr_fraction: float = option(0.02, "learning rate at the last step, in peaks (cosine)")
@@ -165,7 +167,15 @@ class TrainConfig:
     )
     seed: int = option(0, "seed of weights, data order, noise and sample grids")
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    precision: str = option("auto", "auto (bf16 where the GPU has it), fp32 or bf16")
+    precision: str = option(
+        "auto", "auto (on CUDA bf16, or fp16 with loss scaling where a GPU lacks it), fp32, bf16, "
+        "fp16"
+    )  # fmt: skip
+    channels_last: str = option("auto", "memory layout of the network: auto (on CUDA), true, false")
+    compile: str = option(
+        "auto", "torch.compile of the training step: auto (on CUDA), true, false; the first step "
+        "then takes minutes"
+    )  # fmt: skip
     deterministic: bool = option(
         False, "the same weights bit for bit from the same seed on CUDA too, as always on a CPU; "
         "slower"
@@ -185,11 +195,12 @@ class TrainConfig:
     def __post_init__(self):
         check_types(self, "train")
         positive = (
-            "epochs", "batch_size", "ema_halflife_images", "log_every", "validate_every",
+            "epochs", "ema_halflife_images", "log_every", "validate_every",
             "validation_images", "sample_every", "save_every", "keep_checkpoints",
         )  # fmt: skip
         for name in positive:
             require_at_least(self, "train", name, 1)
+        require_at_least(self, "train", "batch_size", AUTO_BATCH)
         for name in ("warmup_steps", "weight_decay", "seed", "save_minutes", "max_skipped_steps",
                      "max_hours"):  # fmt: skip
             require_at_least(self, "train", name, 0)
@@ -199,7 +210,9 @@ class TrainConfig:
         for name in ("final_lr_fraction", "class_dropout_prob"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"train.{name} must lie in [0, 1], not {value}")
-        require_one_of(self, "train", "precision", ("auto", "fp32", "bf16"))
+        require_one_of(self, "train", "precision", PRECISIONS)
+        for name in ("channels_last", "compile"):
+            require_one_of(self, "train", name, ("auto", "true", "false"))
 
 
 @dataclass(frozen=True)
@@ -213,6 +226,7 @@ class SampleConfig:
     guidance_interval: tuple[float, ...] = option(
         (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end"
     )
+    precision: str = option("auto", "auto (bf16 where the GPU has it), fp32, bf16 or fp16")
     clip_x_start: bool = option(True, "clip the predicted clean image to [-1, 1] at each step")
     batch_size: int = option(
         100, "pictures denoised together in the grids drawn during training; elsewhere what fits"
@@ -222,6 +236,7 @@ class SampleConfig:
         check_types(self, "sample")
         for name in ("sampler", "grid_sampler"):
             require_one_of(self, "sample", name, ("ddpm", "ddim", "dpm-solver++"))
+        require_one_of(self, "sample", "precision", PRECISIONS)
         for name in ("num_inference_steps", "grid_steps", "batch_size"):
             require_at_least(self, "sample", name, 1)
         require_at_least(self, "sample", "guidance_scale", 0)
@@ -370,6 +385,8 @@ def parse_value(name: str, kind, value: object):
     if not isinstance(value, str) or kind is str:
         return tuple(value) if kind is not str and isinstance(value, list) else value
     text = value.strip()
+    if name == "train.batch_size" and text == "auto":
+        return AUTO_BATCH
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]

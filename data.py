@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +81,26 @@ def load_prepared(folder: Path) -> dict[str, Split]:
     }
 
 
+@lru_cache
+def bicubic_matrix(size: int, image_size: int, device: torch.device) -> Tensor:
+    """(image_size, size): F.interpolate's bicubic enlargement of a column, as a matrix."""
+    columns = torch.eye(size).view(1, 1, size, size)
+    enlarged = F.interpolate(columns, size=(image_size, size), mode="bicubic", align_corners=False)
+    return enlarged[0, 0].to(device)
+
+
 def to_x_start(images: Tensor, image_size: int) -> Tensor:
-    """uint8 (B, 3, S, S) -> float32 (B, 3, image_size, image_size) in [-1, 1], on its device."""
-    x_start = images.float() / 127.5 - 1
+    """uint8 (B, 3, S, S) -> float32 (B, 3, image_size, image_size) in [-1, 1], on its device.
+
+    Enlarged by bicubic interpolation where S differs, as two matrix products, which are many times
+    faster than F.interpolate.
+    """
+    x_start = images.float().div_(127.5).sub_(1)
     if images.shape[-1] != image_size:
-        x_start = F.interpolate(x_start, size=image_size, mode="bicubic", align_corners=False)
-    return x_start.clamp(-1, 1)  # bicubic enlargement overshoots at edges
+        enlarge = bicubic_matrix(images.shape[-1], image_size, images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            x_start = enlarge @ (x_start @ enlarge.T)
+    return x_start.clamp_(-1, 1)  # bicubic enlargement overshoots at edges
 
 
 def to_images(x: Tensor) -> Tensor:
@@ -128,11 +143,14 @@ class TrainingBatches:
                 step += 1
 
     def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        images = self.images[index.to(self.images.device)].to(self.device)
-        x_start = to_x_start(images, self.data.image_size)
-        if self.data.horizontal_flip:
+        # non_blocking, because a plain copy waits for everything that the GPU has still to do.
+        images = self.images[index.to(self.images.device, non_blocking=True)]
+        images = images.to(self.device, non_blocking=True)
+        if self.data.horizontal_flip:  # before they are enlarged, while they are small
             # A third seed component keeps flips and epoch orders apart.
             mirrored = np.random.default_rng((self.seed, step, 1)).random(len(index)) < 0.5
-            mirrored = torch.from_numpy(mirrored).to(self.device)[:, None, None, None]
-            x_start = torch.where(mirrored, x_start.flip(-1), x_start)
-        return x_start, self.labels[index.to(self.labels.device)]
+            mirrored = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
+            mirrored = mirrored[:, None, None, None]
+            images = torch.where(mirrored, images.flip(-1), images)
+        x_start = to_x_start(images, self.data.image_size)
+        return x_start, self.labels[index.to(self.labels.device, non_blocking=True)]

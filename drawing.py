@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from command_line import build_model, build_sampler
+from build import build_model, build_sampler, precision_name
 from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
 from conditional_diffusion.memory import fitting_batch_size
 from config import Config
@@ -86,8 +86,7 @@ class Drawing:
             "guidance_scale": sample.guidance_scale,
             "guidance_interval": list(sample.guidance_interval),
             "clip_x_start": sample.clip_x_start, "image_size": self.size,
-            "precision": "fp32" if self.device.type == "cpu" else
-            "fp32 (convolutions may use TF32)",
+            "precision": precision_name(self.sampler.autocast_dtype),
             "device": self.device.type, "torch": str(torch.__version__),
         }  # fmt: skip
 

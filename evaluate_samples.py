@@ -17,12 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import config as settings
+from build import choose_device
 from cifar10 import IMAGE_SUFFIXES, UNREADABLE, DataError, locate, to_rgb
 from command_line import (
     SAMPLING_FLAGS,
     Parser,
     add_config_flags,
-    choose_device,
     config_overrides,
     exit_with,
     parse_count,

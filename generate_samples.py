@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config as settings
+from build import choose_device
 from command_line import (
     SAMPLING_FLAGS,
     Parser,
     add_config_flags,
-    choose_device,
     config_overrides,
     exit_with,
     parse_classes,

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import config as settings
+from build import choose_device, precision_name
 from cifar10 import DataError
 from command_line import (
     Parser,
     add_config_flags,
-    choose_device,
     config_overrides,
     exit_with,
     parse_count,
@@ -191,7 +191,7 @@ def stopping_on_signals(engine):
 def describe(run: Run, device) -> str:
     config, engine = run.config, run.engine
     parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-    precision = "bf16" if engine.autocast_dtype else "fp32"
+    precision = precision_name(engine.autocast_dtype)
     return (
         f"{config.mode} run: U-Net of {parameters:.1f} M parameters at {config.data.image_size}x"
         f"{config.data.image_size}, {len(run.splits['train'])} images, batch "

@@ -1,17 +1,20 @@
 """One training run: its parts, and the periodic actions that connect them."""
 
 import math
-import resource
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import config as settings
-from command_line import build_model, build_sampler
+from build import build_model, build_sampler, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
-from config import CLASS_NAMES, Config
+from conditional_diffusion.memory import fitting_batch_size
+from conditional_diffusion.sampler import autocast
+from config import AUTO_BATCH, CLASS_NAMES, Config
 from data import Split, TrainingBatches, to_x_start
 from health import LossWatch
 from scores import nearest_images
@@ -27,6 +30,7 @@ from training_monitor import (
 )
 
 PASS_PSNR = 20.0  # dB to the nearest training image; the overfit run's pass mark
+LARGEST_TRAINING_BATCH = 1024  # beyond it each image teaches less
 MEASURED_IMAGES = 1000  # from which the power of every frequency is taken
 GRID_ROWS = 4  # pictures per class in a grid, of runs that train on more than one image each
 
@@ -49,15 +53,9 @@ def peak_memory_gib(device) -> float:
     """Peak memory so far: of the GPU on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def autocast_dtype(config: Config, device):
-    """bf16 where it was asked for, or where the GPU has it; else None, which means float32."""
-    precision = config.train.precision
-    if precision == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if precision == "bf16" else None
+    # The maximum that getrusage knows also counts the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
 class Run:
@@ -71,12 +69,14 @@ class Run:
         device: torch.device,
         saved: dict | None,
     ):
+        self.model, self.scheduler = build_model(config, device)
+        if config.train.batch_size == AUTO_BATCH:
+            config = self.with_fitting_batch(config, device)
         self.config, self.folder, self.splits, self.device = config, folder, splits, device
         train = config.train
         self.batches = TrainingBatches(
             splits["train"], config.data, train.batch_size, train.seed, device
         )
-        self.model, self.scheduler = build_model(config, device)
         if saved is None:  # else it comes with the weights
             self.model.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])
         self.engine = TrainingEngine(
@@ -89,7 +89,7 @@ class Run:
             ema_halflife_images=train.ema_halflife_images,
             ema_rampup_ratio=train.ema_rampup_ratio,
             max_skipped_steps=train.max_skipped_steps, seed=train.seed,
-            autocast_dtype=autocast_dtype(config, device),
+            autocast_dtype=training_dtype(config, device),
         )  # fmt: skip
         self.best_loss = math.inf  # validation loss of best.pt
         self.validated = (-1, math.inf)  # step and EMA loss of the last validation
@@ -100,6 +100,33 @@ class Run:
         past = read_metrics(folder) if saved is not None else []
         self.loss_watch = LossWatch(r["loss"] for r in past if r["kind"] == "train")
         self.validation = self.spread_images(splits["test"], train.validation_images)
+
+    def with_fitting_batch(self, config: Config, device: torch.device) -> Config:
+        """The config with the largest batch, a multiple of 8, whose training step fits."""
+        size = config.data.image_size
+
+        def trial(n: int) -> None:
+            x_t = torch.zeros(n, 3, size, size, device=device)
+            labels = torch.zeros(n, dtype=torch.long, device=device)
+            with autocast(device, training_dtype(config, device)):
+                self.model(x_t, labels, labels).float().sum().backward()
+            self.model.zero_grad()
+
+        fitting = fitting_batch_size(trial, size**2, device, LARGEST_TRAINING_BATCH)
+        batch_size = max(1, fitting - fitting % 8 if fitting >= 8 else fitting)
+        say(f"batch size {batch_size}: as many images as a training step can take here")
+        return replace(config, train=replace(config.train, batch_size=batch_size))
+
+    def compile_model(self) -> None:
+        """Compile the training step, or say why not: a run must not depend on a compiler."""
+        self.engine.network = torch.compile(self.model)
+        try:
+            self.engine.rehearse(*next(self.batches.starting_at(self.engine.step)))
+        except Exception as error:  # whatever a compiler and its tools may raise
+            self.engine.network = self.model
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            say(f"torch.compile does not work here ({reason[0][:200]}); training goes on without "
+                "it, --train.compile false does so at once")  # fmt: skip
 
     def spread_images(self, split: Split, most: int) -> tuple[Tensor, Tensor]:
         """(x_start, labels) of at most so many images, evenly over a split sorted by class."""
@@ -199,6 +226,8 @@ class Run:
 
         if self.lacks_grid():
             self.draw(monitor)
+        if switched_on(train.compile, self.device):
+            self.compile_model()
         try:
             complete = engine.fit(
                 self.batches.starting_at(engine.step),

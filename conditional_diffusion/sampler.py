@@ -44,6 +44,11 @@ def guided_prediction(
     return uncond + guidance_scale * (cond - uncond)
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """torch.autocast with this dtype; None leaves everything in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 @contextmanager
 def evaluating(model: nn.Module):
     """Eval mode inside, the mode it had before outside."""
@@ -65,6 +70,7 @@ class Sampler:
         guidance_interval: (low, high) in fractions of the chain, 0 the clean end; timesteps outside
             are not guided, which also halves their cost (Kynkaanniemi et al. 2024, sec. 3).
         clip_x_start: clip the predicted clean image to [-1, 1], the only clamp there is.
+        autocast_dtype: of the network alone, as of TrainingEngine; the state stays float32.
     """
 
     def __init__(
@@ -75,12 +81,14 @@ class Sampler:
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         clip_x_start: bool = True,
+        autocast_dtype: torch.dtype | None = None,
     ):
         self.scheduler = scheduler
         self.timesteps = inference_timesteps(scheduler.num_train_timesteps, num_inference_steps)
         self.guidance_scale = guidance_scale
         self.guidance_interval = guidance_interval
         self.clip_x_start = clip_x_start
+        self.autocast_dtype = autocast_dtype
 
     def update(
         self,
@@ -151,7 +159,8 @@ class Sampler:
         previous_timesteps = [*self.timesteps[1:], -1]
         for done, (t, previous) in enumerate(zip(self.timesteps, previous_timesteps), start=1):
             timesteps = torch.full((len(x_t),), t, device=device)
-            output = guided_prediction(model, x_t, timesteps, class_labels, self.scale_at(t))
+            with autocast(device, self.autocast_dtype):
+                output = guided_prediction(model, x_t, timesteps, class_labels, self.scale_at(t))
             x_start = self.scheduler.predict_x_start(output.float(), x_t, timesteps)
             if self.clip_x_start:
                 x_start = x_start.clamp(-1, 1)

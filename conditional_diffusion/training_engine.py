@@ -1,9 +1,11 @@
 """The hand-written training loop: loss, step, moving average, learning rate, resume.
 
 All randomness of step n derives from (seed, n), so a run continued from a checkpoint takes the
-same steps as one that was never interrupted, without any random state being stored.
+same steps as one that was never interrupted, without any random state being stored. On CUDA no step
+waits for the device: what a step needs to know of its own result, it keeps there.
 """
 
+import copy
 import hashlib
 import math
 import time
@@ -12,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from .memory import (
     MEMORY_ERRORS,
@@ -23,10 +24,11 @@ from .memory import (
     reraise_unless_out_of_memory,
 )
 from .noise_scheduler import CosineNoiseScheduler
-from .sampler import evaluating
+from .sampler import autocast, evaluating
 
 # Running sums since the last record, by attribute; durations are not among them.
 SUMS = ("_losses", "_counts", "_grad_norms", "_summed_steps")
+FP16_HALVINGS = 16  # from the scale that loss scaling starts with down to 1
 QUARTERS = 4  # of the timesteps, from least to most noise, for which losses are reported apart
 
 
@@ -119,7 +121,8 @@ class TrainingEngine:
         ema_halflife_images, ema_rampup_ratio: see ema_decay.
         max_skipped_steps: consecutive steps without a finite gradient that are left out.
         seed: of all randomness inside the steps.
-        autocast_dtype: torch.bfloat16 for mixed precision, None for float32.
+        autocast_dtype: for mixed precision, torch.bfloat16 or (with loss scaling) torch.float16;
+            None for float32.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class TrainingEngine:
         autocast_dtype: torch.dtype | None = None,
     ):
         self.model, self.scheduler = model, scheduler
+        self.network = model  # what the training steps call: the model, or its compiled form
         self.device = next(model.parameters()).device
         self.total_steps, self.learning_rate = total_steps, learning_rate
         self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
@@ -151,34 +155,27 @@ class TrainingEngine:
         self.autocast_dtype = autocast_dtype
         self.max_skipped_steps, self.micro_batches = max_skipped_steps, 1
         self.step = self.images_seen = 0
-        self.skipped_steps = self._skipped_in_a_row = 0
         self.stop_requested = False
+        # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
-            fused=self.device.type == "cuda",
+            fused=True,
         )  # fmt: skip
-        self._ema_decay = 0.0
-        self._averaged = AveragedModel(model, multi_avg_fn=self._average)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=autocast_dtype is torch.float16
+        )
+        # torch's AveragedModel would wait for the device at every step.
+        self.ema_model = copy.deepcopy(model).requires_grad_(False)
+        self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
+        self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._reset_sums()
-
-    @property
-    def ema_model(self) -> nn.Module:
-        """The moving average of the model: same architecture, smoother weights."""
-        return self._averaged.module
-
-    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], _) -> None:
-        torch._foreach_lerp_(averaged, current, 1 - self._ema_decay)
-
-    def _autocast(self):
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled)
 
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
         """One optimizer step on x_start (B, C, H, W) in [-1, 1] with class_labels (B,).
 
         A batch whose loss or gradient is not finite is left out; the weights do not see it. Raises
         TrainingDiverged, weights still untouched, once more than max_skipped_steps follow each
-        other.
+        other; on CUDA not before the next take_metrics, which is the first to look.
         """
         batch_size = len(x_start)
         while True:
@@ -190,24 +187,33 @@ class TrainingEngine:
             # Out here nothing holds on to the memory of the attempt any more.
             self.optimizer.zero_grad()
             self._split_further(batch_size)
+        self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        # A loss that is not finite makes the norm so too: one check, one device read.
-        if not torch.isfinite(grad_norm):
-            self._skip_step(losses.mean().item())
-            return
-        self._skipped_in_a_row = 0
+        finite = torch.isfinite(grad_norm)  # a loss that is not finite makes the norm so too
         for group in self.optimizer.param_groups:
             group["lr"] = self.current_learning_rate
-        self.optimizer.step()
+        if not self.scaler.is_enabled():  # which else says so itself
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
 
         self.step += 1
         self.images_seen += batch_size
-        self._ema_decay = ema_decay(
+        self._update_average(batch_size)
+        self._skipped += ~finite
+        self._skipped_in_a_row.add_(1).mul_(~finite)
+        self._add_to_sums(losses, timesteps, grad_norm, finite)
+        if self.device.type != "cuda":
+            self._check_budget()
+
+    @torch.no_grad()
+    def _update_average(self, batch_size: int) -> None:
+        decay = 0.0 if self.step == 1 else ema_decay(
             batch_size, self.images_seen, self.ema_halflife_images, self.ema_rampup_ratio
-        )
-        self._averaged.update_parameters(self.model)
-        self._add_to_sums(losses, timesteps, grad_norm)
+        )  # fmt: skip
+        averaged, current = list(self.ema_model.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def _compute_gradients(self, x_start: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the weighted mean loss; returns (losses (B,), timesteps (B,)).
@@ -231,14 +237,19 @@ class TrainingEngine:
         parts = []
         for start in range(0, batch_size, size):
             part = slice(start, start + size)
-            with self._autocast():
+            with autocast(self.device, self.autocast_dtype):
                 losses = diffusion_loss(
-                    self.model, self.scheduler, x_start[part], noise[part], timesteps[part],
+                    self.network, self.scheduler, x_start[part], noise[part], timesteps[part],
                     class_labels[part],
                 )  # fmt: skip
-            ((weights[part] * losses).sum() / batch_size).backward()
+            self.scaler.scale((weights[part] * losses).sum() / batch_size).backward()
             parts.append(losses.detach())
         return torch.cat(parts), timesteps
+
+    def rehearse(self, x_start: Tensor, class_labels: Tensor) -> None:
+        """Forward and backward as in the next step, without taking it."""
+        self._compute_gradients(x_start, class_labels)
+        self.optimizer.zero_grad()
 
     def _split_further(self, batch_size: int) -> None:
         """After running out of memory: twice as many parts per batch, for the rest of the run."""
@@ -253,19 +264,23 @@ class TrainingEngine:
             "with the same gradients", self.step, batch_size, self.micro_batches,
         )  # fmt: skip
 
-    def _skip_step(self, loss: float) -> None:
-        self.optimizer.zero_grad()
-        if self._skipped_in_a_row >= self.max_skipped_steps:
-            precision = "float32" if self.autocast_dtype is None else str(self.autocast_dtype)
-            raise TrainingDiverged(
-                f"loss or gradient is not finite at step {self.step}, after {self.skipped_steps} "
-                f"skipped steps (loss {loss:g}, learning rate {self.current_learning_rate:g}, "
-                f"{precision}); the last checkpoint is unharmed. Lower train.learning_rate or set "
-                "train.precision to fp32, then run again"
-            )
-        self._skipped_in_a_row += 1
-        self.skipped_steps += 1
-        self.step += 1  # the data order and the schedule go on as if it had been taken
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far whose gradient was not finite; on CUDA this waits for the device."""
+        return int(self._skipped)
+
+    def _check_budget(self) -> None:
+        # Loss scaling begins too high on purpose and halves the scale at every such step.
+        budget = self.max_skipped_steps + (FP16_HALVINGS if self.scaler.is_enabled() else 0)
+        if self._skipped_in_a_row <= budget:
+            return
+        precision = "float32" if self.autocast_dtype is None else str(self.autocast_dtype)
+        raise TrainingDiverged(
+            f"loss or gradient is not finite at step {self.step}, after {self.skipped_steps} "
+            f"skipped steps (learning rate {self.current_learning_rate:g}, {precision}); the last "
+            "checkpoint is unharmed. Lower train.learning_rate or set train.precision to fp32, "
+            "then run again"
+        )
 
     @property
     def current_learning_rate(self) -> float:
@@ -278,31 +293,35 @@ class TrainingEngine:
         self._losses = torch.zeros(QUARTERS, device=self.device)
         self._counts = torch.zeros(QUARTERS, device=self.device)
         self._grad_norms = torch.zeros((), device=self.device)
-        self._summed_steps = self._summed_images = 0
+        self._summed_steps = torch.zeros((), device=self.device)
+        self._summed_images = 0
         self._seconds = self._data_seconds = 0.0
 
-    def _add_to_sums(self, losses: Tensor, timesteps: Tensor, grad_norm: Tensor) -> None:
+    def _add_to_sums(
+        self, losses: Tensor, timesteps: Tensor, grad_norm: Tensor, finite: Tensor
+    ) -> None:
         quarters = timesteps * QUARTERS // self.scheduler.num_train_timesteps
-        self._losses.index_add_(0, quarters, losses)
-        self._counts.index_add_(0, quarters, torch.ones_like(losses))
-        self._grad_norms += grad_norm
-        self._summed_steps += 1
+        self._losses.index_add_(0, quarters, torch.where(finite, losses, 0))
+        self._counts.index_add_(0, quarters, finite.float().expand(len(losses)))
+        self._grad_norms += torch.where(finite, grad_norm, 0)
+        self._summed_steps += finite
         self._summed_images += len(losses)
 
     def take_metrics(self) -> dict:
         """Means since the last call: loss, loss_quarters (least noise first), grad_norm, speed.
 
-        The loss is None if every step since was skipped.
+        The loss is None if every step since was skipped. Raises TrainingDiverged, see train_step.
         Speed counts training steps alone; data_wait is the share of it spent waiting for batches.
         Reading the sums waits for the device, so they are read on logging steps only.
         """
+        self._check_budget()
         losses, counts = self._losses.tolist(), self._counts.tolist()
         metrics = {
             "step": self.step,
             "images_seen": self.images_seen,
             "loss": sum(losses) / sum(counts) if sum(counts) else None,
             "loss_quarters": [a / n if n else None for a, n in zip(losses, counts)],
-            "grad_norm": self._grad_norms.item() / max(1, self._summed_steps),
+            "grad_norm": (self._grad_norms / self._summed_steps.clamp(min=1)).item(),
             "learning_rate": self.current_learning_rate,
             "images_per_second": self._summed_images / max(self._seconds, 1e-9),
             "data_wait": self._data_seconds / max(self._seconds, 1e-9),
@@ -332,7 +351,7 @@ class TrainingEngine:
                 class_labels[part],
             )  # fmt: skip
 
-        with evaluating(model), self._autocast():
+        with evaluating(model), autocast(self.device, self.autocast_dtype):
             size = -(-batch_size // self.micro_batches)
             losses = in_parts(loss_of, N, size, "validation images")
         return torch.cat(losses).mean().item()
@@ -374,6 +393,7 @@ class TrainingEngine:
             "ema": self.ema_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "skipped_steps": self.skipped_steps,
+            "scaler": self.scaler.state_dict(),
             # So that the record a resumed run writes next equals that of an uninterrupted one.
             "sums": {name: getattr(self, name) for name in SUMS},
         }
@@ -382,7 +402,6 @@ class TrainingEngine:
         """Inverse of state_dict."""
         self.model.load_state_dict(state["model"])
         self.ema_model.load_state_dict(state["ema"])
-        self._averaged.n_averaged.fill_(state["step"])
         # What belongs to this process's settings and device is not taken from the saved one.
         groups = [
             {**saved, "weight_decay": own["weight_decay"], "fused": own["fused"]}
@@ -391,6 +410,8 @@ class TrainingEngine:
         saved_state = state["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": saved_state, "param_groups": groups})
         self.step, self.images_seen = state["step"], state["images_seen"]
-        self.skipped_steps = state["skipped_steps"]
+        self._skipped.fill_(state["skipped_steps"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         for name, value in state["sums"].items():
             setattr(self, name, value.to(self.device) if torch.is_tensor(value) else value)

@@ -92,7 +92,8 @@ class SelfAttention(nn.Module):
         """x (B, C, H, W) -> same shape."""
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, self.num_heads, C // self.num_heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, H * W, C / heads)
+        # Contiguous, because the fast kernels want the channels of a position side by side.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each (B, heads, H * W, C / heads)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 

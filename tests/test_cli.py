@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PICTOGRAMS, TINY_FLAGS, assert_one_sentence
+from conftest import PICTOGRAMS, TINY_FLAGS, assert_identical, assert_one_sentence
 from PIL import Image
 
 import generate_samples
@@ -118,6 +119,52 @@ def test_deterministic_run_uses_deterministic_algorithms(call, monkeypatch):
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
+def test_training_goes_on_where_the_compiler_fails(call, monkeypatch):
+    """And ends where it would have ended without one."""
+    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1]
+    call(train_model, *arguments)
+    plain = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
+
+    def broken(model):
+        def network(*inputs):
+            raise RuntimeError("Failed to find C compiler.\nLong advice.")
+
+        return network
+
+    monkeypatch.setattr(torch, "compile", broken)
+    status, said = call(train_model, *arguments, "--fresh", "--train.compile", "true")
+    assert status == 0
+    assert "torch.compile does not work here (Failed to find C compiler.); training goes on" in said
+    found = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
+    assert_identical(found["model"], plain["model"])
+
+
+def test_compiled_network_takes_the_training_steps_and_no_others(call, monkeypatch):
+    calls = []
+
+    def counting(model):
+        def network(*inputs):
+            calls.append((model.training, len(inputs[0])))
+            return model(*inputs)
+
+        return network
+
+    monkeypatch.setattr(torch, "compile", counting)
+    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--batch-size", 10, "--epochs", 1]
+    assert call(train_model, *arguments, "--train.compile", "true")[0] == 0
+    assert calls == 3 * [(True, 10)]  # the rehearsal and two steps
+
+
+def test_batch_size_auto_is_what_fits_and_is_remembered(call):
+    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1]
+    status, said = call(train_model, *arguments, "--batch-size", "auto")
+    assert status == 0
+    batch_size = int(re.search(r"batch size (\d+): as many", said)[1])
+    assert batch_size > 0 and batch_size % 8 == 0
+    state = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
+    assert state["config"]["train"]["batch_size"] == batch_size
+
+
 def test_batches_that_diverge_are_skipped_with_a_warning_in_the_records(call, monkeypatch):
     """Those of steps 3 and 4 are poisoned; then every one is."""
     batch = TrainingBatches.batch
@@ -136,7 +183,7 @@ def test_batches_that_diverge_are_skipped_with_a_warning_in_the_records(call, mo
     poisoned.update(range(12, 99))
     status, said = call(train_model, *arguments, "--epochs", 9)
     assert status == 1
-    assert_one_sentence(said, "not finite at step 17", "learning rate", "float32")
+    assert_one_sentence(said, "not finite at step 18", "learning rate", "float32")
     assert load_newest([Path("checkpoints")], warn=pytest.fail)[1]["step"] == 10
 
 
@@ -253,7 +300,7 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
         (["--full", "--data-dir", "nowhere"], ["DATA_DIR nowhere does not exist"]),
         (["--overfit", "--samples", "0"], ["--samples", "at least 1"]),
         (["--overfit", "--samples", "two"], ["--samples", "'two'"]),
-        (["--full", "--batch-size", "-3"], ["train.batch_size", "at least 1"]),
+        (["--full", "--batch-size", "-3"], ["train.batch_size", "at least 0"]),
         (["--full", "--train.lerning_rate", "1"], ["lerning_rate", "--train.learning_rate"]),
         (["--full", "--epoch", "1"], ["--epoch", "--epochs"]),
         (["--full", "--train.epochs", "many"], ["train.epochs", "whole number"]),

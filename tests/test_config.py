@@ -58,7 +58,7 @@ def test_unknown_name_names_the_nearest(name, nearest):
 @pytest.mark.parametrize(
     "name, value, word",
     [
-        ("train.batch_size", "-4", "at least 1"),
+        ("train.batch_size", "-4", "at least 0"),
         ("train.batch_size", "4.5", "whole number"),
         ("train.batch_size", True, "whole number"),
         ("train.learning_rate", "nan", "number"),

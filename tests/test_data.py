@@ -451,6 +451,16 @@ def test_to_x_start_maps_levels_and_enlarges_within_bounds():
     assert enlarged.abs().max() <= 1
 
 
+@pytest.mark.parametrize("size, image_size", [(32, 128), (32, 64), (8, 20)])
+def test_enlargement_is_bicubic(size, image_size):
+    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    expected = torch.nn.functional.interpolate(
+        images.double() / 127.5 - 1, size=image_size, mode="bicubic", align_corners=False
+    )
+    found = data.to_x_start(images, image_size)
+    torch.testing.assert_close(found, expected.clamp(-1, 1).float(), rtol=0, atol=2e-6)
+
+
 def batches(**changes) -> TrainingBatches:
     images = torch.arange(10).byte()[:, None, None, None].expand(10, 3, 4, 4)
     config = replace(DataConfig(image_size=4, horizontal_flip=False), **changes)

@@ -12,7 +12,7 @@ from PIL import Image
 import config as settings
 import drawing
 import generate_samples
-from command_line import build_model
+from build import build_model
 from conditional_diffusion import UNet, memory, save_checkpoint
 from conditional_diffusion.memory import fitting_batch_size
 from config import CLASS_NAMES

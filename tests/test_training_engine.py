@@ -20,6 +20,8 @@ from conditional_diffusion.training_engine import (
     step_seed,
     stratified_timesteps,
 )
+from config import DataConfig
+from data import Split, TrainingBatches
 
 
 class Probe(nn.Module):
@@ -282,7 +284,7 @@ def test_bfloat16_autocast_trains_float32_weights(schedule, awake_model):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("good_steps", [0, 2])
-def test_divergence_is_raised_before_anything_moved(schedule, tiny_model, poison, good_steps):
+def test_divergence_is_raised_and_nothing_has_moved(schedule, tiny_model, poison, good_steps):
     def trained():
         engine = engine_for(tiny_model(dropout=0.2), schedule(), warmup_steps=3)
         for _ in range(good_steps):
@@ -292,13 +294,15 @@ def test_divergence_is_raised_before_anything_moved(schedule, tiny_model, poison
     engine, unharmed = trained(), trained()
     x_start, labels = images(4)
     x_start[2, 1, 3, 3] = poison
-    with pytest.raises(TrainingDiverged, match=f"step {good_steps}.*learning_rate"):
+    with pytest.raises(TrainingDiverged, match=f"step {good_steps + 1}.*learning_rate"):
         engine.train_step(x_start, labels)
-    assert_identical(engine.state_dict(), unharmed.state_dict())
+    assert_identical(engine.model.state_dict(), unharmed.model.state_dict())
     # Nor does the bad gradient linger: the next step is the one an unharmed engine takes.
+    unharmed.step, unharmed.images_seen = engine.step, engine.images_seen
     for each in (engine, unharmed):
         each.train_step(*images(4))
-    assert_identical(engine.state_dict(), unharmed.state_dict())
+    for part in ("model", "optimizer"):
+        assert_identical(engine.state_dict()[part], unharmed.state_dict()[part])
     assert engine.take_metrics()["loss"] == unharmed.take_metrics()["loss"]
 
 
@@ -310,15 +314,52 @@ def test_batches_without_finite_gradient_are_skipped_within_a_budget(schedule, t
     for _ in range(2):
         engine.train_step(x_start * math.nan, labels)
     assert_identical(engine.model.state_dict(), before)
-    assert (engine.step, engine.skipped_steps, engine.images_seen) == (3, 2, 4)
+    assert (engine.step, engine.skipped_steps) == (3, 2)
     engine.train_step(x_start, labels)  # a good one in between renews the budget
     for _ in range(2):
         engine.train_step(x_start * math.nan, labels)
-    unharmed = engine.state_dict()
-    with pytest.raises(TrainingDiverged, match="after 4 skipped steps"):
+    before = {k: v.clone() for k, v in engine.model.state_dict().items()}
+    with pytest.raises(TrainingDiverged, match="after 5 skipped steps"):
         engine.train_step(x_start * math.nan, labels)
-    assert_identical(engine.state_dict(), unharmed)
-    assert engine.take_metrics()["skipped_steps"] == 4
+    assert_identical(engine.model.state_dict(), before)
+
+
+def test_metrics_leave_skipped_steps_out(schedule, tiny_model):
+    engine, unharmed = (engine_for(tiny_model(), schedule(), max_skipped_steps=9) for _ in "ab")
+    x_start, labels = images(4)
+    for each in (engine, unharmed):
+        each.train_step(x_start, labels)
+    engine.train_step(x_start * math.nan, labels)
+    found, expected = engine.take_metrics(), unharmed.take_metrics()
+    assert found["skipped_steps"] == 1
+    for name in ("loss", "loss_quarters", "grad_norm"):
+        assert found[name] == expected[name]
+    engine.train_step(x_start * math.nan, labels)
+    assert engine.take_metrics()["loss"] is None
+
+
+def test_loss_scaling_trains_in_float16_and_finds_its_scale(schedule, awake_model):
+    """A scale far too high overflows: those steps are left out while it halves."""
+    engine = engine_for(awake_model(), schedule(), autocast_dtype=torch.float16)
+    engine.scaler.load_state_dict(engine.scaler.state_dict() | {"scale": 2.0**40})
+    before = {k: v.clone() for k, v in engine.model.state_dict().items()}
+    engine.train_step(*images(8))
+    assert_identical(engine.model.state_dict(), before)
+    assert engine.skipped_steps == 1 and engine.scaler.get_scale() == 2.0**39
+    engine.scaler.update(2.0**10)
+    engine.train_step(*images(8))
+    assert engine.skipped_steps == 1
+    assert not torch.equal(engine.model.out.weight, before["out.weight"])
+    exact = engine_for(awake_model(), schedule())
+    exact.step = 1
+    exact.train_step(*images(8))
+    found, wanted = engine.take_metrics(), exact.take_metrics()
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=0.01)  # float16 has 11 bits
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.05)
+    assert engine.state_dict()["scaler"]["scale"] == 2.0**10
+    other = engine_for(awake_model(1), schedule(), autocast_dtype=torch.float16)
+    other.load_state_dict(engine.state_dict())
+    assert other.scaler.get_scale() == 2.0**10
 
 
 def out_of_memory_above(model, largest: int, error: Exception):
@@ -493,6 +534,24 @@ def counted(batch, taken: list):
     while True:
         taken.append(batch)
         yield batch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_no_training_step_waits_for_the_gpu(tiny_model, schedule, dtype):
+    engine = engine_for(tiny_model().cuda(), schedule().cuda(), autocast_dtype=dtype)
+    batches = TrainingBatches(
+        Split(torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8), torch.arange(20) % 10),
+        DataConfig(image_size=16), 4, 0, "cuda",
+    ).starting_at(0)  # fmt: skip
+    engine.train_step(*next(batches))  # the first one loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            engine.train_step(*next(batches))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.take_metrics()["loss"] > 0
 
 
 def test_fit_ends_at_total_steps_and_runs_what_is_due(schedule):

@@ -1,0 +1,104 @@
+"""From a config to its parts: device, precision, network, schedule, sampler."""
+
+import os
+
+import torch
+
+from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, UNet
+from conditional_diffusion.memory import keep_freed_memory
+from config import CLASS_NAMES, Config, ConfigError
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_CAPABILITY = (7, 0)  # of GPUs whose tensor cores make fp16 faster
+
+
+def choose_device(config: Config):
+    """The torch device of train.device; ConfigError where it is not to be had.
+
+    With train.deterministic torch is told so as well: it has to be before the device is used.
+    """
+    if config.train.deterministic:
+        # cuBLAS needs a workspace of its own per stream (its documentation, "Results
+        # reproducibility"); cuDNN follows torch's setting.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        keep_freed_memory()
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # runs a kernel, which a mere allocation would not
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device {name!r} cannot be used ({reason}); `make gpu-status` tells more, "
+            "`--device cpu` works anywhere"
+        ) from error
+    return device
+
+
+def switched_on(choice: str, device: torch.device) -> bool:
+    """What "true", "false" or "auto", which stands for "on CUDA", means on this device."""
+    return choice == "true" or choice == "auto" and device.type == "cuda"
+
+
+def has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def training_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """What train.precision means on this device: a dtype for autocast, or None for float32."""
+    if config.train.precision != "auto":
+        return DTYPES[config.train.precision]
+    if has_bf16(device):
+        return torch.bfloat16
+    fast_fp16 = device.type == "cuda" and (
+        torch.cuda.get_device_capability(device) >= FP16_CAPABILITY
+    )
+    return torch.float16 if fast_fp16 else None
+
+
+def sampling_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The same of sample.precision; never fp16 by itself, whose range ends in black pictures."""
+    if config.sample.precision != "auto":
+        return DTYPES[config.sample.precision]
+    return torch.bfloat16 if has_bf16(device) else None
+
+
+def precision_name(dtype: torch.dtype | None) -> str:
+    return next(name for name, value in DTYPES.items() if value is dtype)
+
+
+def build_model(config: Config, device):
+    """(UNet, CosineNoiseScheduler) of a config, on the device; weights drawn from its seed."""
+    device = torch.device(device)
+    scheduler = CosineNoiseScheduler(
+        config.diffusion.num_train_timesteps,
+        image_size=config.data.image_size,
+        reference_size=config.diffusion.reference_size,
+        prediction_type=config.diffusion.prediction_type,
+    )
+    torch.manual_seed(config.train.seed)
+    model = UNet(
+        scheduler.alphas_cumprod, prediction_type=scheduler.prediction_type,
+        image_size=config.data.image_size, num_classes=len(CLASS_NAMES), **vars(config.model),
+    )  # fmt: skip
+    if switched_on(config.train.channels_last, device):
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device), scheduler.to(device)
+
+
+def build_sampler(config: Config, scheduler, *, grid: bool = False):
+    """The sampler of a config; with `grid` the quicker one of the grids drawn during training."""
+    sample = config.sample
+    name = sample.grid_sampler if grid else sample.sampler
+    options = {"eta": sample.eta} if name == "ddim" else {}
+    return SAMPLERS[name](
+        scheduler, num_inference_steps=sample.grid_steps if grid else sample.num_inference_steps,
+        guidance_scale=sample.guidance_scale, guidance_interval=sample.guidance_interval,
+        clip_x_start=sample.clip_x_start, **options,
+        autocast_dtype=sampling_dtype(config, scheduler.alphas_cumprod.device),
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""The benchmark runs through; its other networks are the ones they are said to be."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_FLAGS
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+from benchmark import forward_flops, time_in_turns
+from peers import Predecessor
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_every_part_is_measured_and_written(call, monkeypatch):
+    monkeypatch.setattr(benchmark, "IMAGE_SIZES", (16, 32))
+    monkeypatch.setattr(benchmark, "MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr(benchmark, "DATA_BATCHES", 1)
+    pairs = zip(TINY_FLAGS[::2], TINY_FLAGS[1::2])
+    flags = [word for pair in pairs if pair[0].startswith(("--model", "--data")) for word in pair]
+    status, said = call(benchmark, *flags, "--rounds", 2, "--sizes", "--batch-size", 3)
+    assert status == 0, said
+    content = json.loads(Path("benchmark.json").read_text())
+    assert content["facts"]["batch"] == 3 and content["facts"]["image_size"] == 16
+    found = {(m["what"], m["name"]): m for m in content["measurements"]}
+    step = found["training step", "ours"]
+    assert step["n"] == 2 and step["images"] == 3
+    assert step["fastest"] <= step["seconds_per_image"] <= step["slowest"]
+    assert step["images_per_second"] == pytest.approx(1 / step["seconds_per_image"])
+    assert found["memory, batch 16", "ours"]["peak_GiB"] > 0.1
+    share = found["data", "share of a training step"]["share"]
+    assert share == pytest.approx(
+        found["data", "ours"]["seconds_per_image"] / step["seconds_per_image"], rel=0.5
+    )
+    assert {name for what, name in found if what == "training step"} == {"ours", "16x16", "32x32"}
+    assert multiprocessing.active_children() == []
+
+
+def test_calls_take_turns_and_the_first_ones_do_not_count():
+    order = []
+    works = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = time_in_turns(works, 3, torch.device("cpu"))
+    assert order == ["a", "b"] * (3 + benchmark.BURN_IN)
+    assert [len(values) for values in times.values()] == [3, 3]
+
+
+def test_predecessor_has_the_published_size_and_cost():
+    """173 million parameters and 65.5 GFLOP at 128x128."""
+    with torch.device("meta"):
+        model = Predecessor(128)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(173e6, rel=0.001)
+    x_t, one = torch.empty(1, 3, 128, 128, device="meta"), torch.ones(1, device="meta").long()
+    with FlopCounterMode(display=False) as counter:
+        assert model(x_t, one, one).shape == x_t.shape
+    assert counter.get_total_flops() == pytest.approx(65.5e9, rel=0.001)
+
+
+def test_flops_of_a_convolution_are_two_per_product():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 5, 1)
+
+        def forward(self, x_t, timesteps, class_labels):
+            return self.layer(x_t)
+
+    assert forward_flops(Network(), 8, torch.device("cpu")) == 2 * 3 * 5 * 8 * 8

@@ -1,0 +1,89 @@
+"""build.py: what the settings mean on a device."""
+
+import pytest
+import torch
+
+import build
+from build import build_model, build_sampler, sampling_dtype, training_dtype
+from config import apply_overrides, full
+
+CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
+SMALL = {"data.image_size": "16", "model.patch_size": "2", "model.base_channels": "16"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(bf16, capability): what torch says of the GPU."""
+
+    def pretend(bf16: bool, capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "name, bf16, capability, training, sampling",
+    [
+        ("H200", True, (9, 0), torch.bfloat16, torch.bfloat16),
+        ("T4", False, (7, 5), torch.float16, None),
+        ("V100", False, (7, 0), torch.float16, None),
+        ("P100", False, (6, 0), None, None),
+    ],
+)
+def test_precision_follows_the_gpu(gpu, name, bf16, capability, training, sampling):
+    gpu(bf16, capability)
+    assert training_dtype(full(), CUDA) is training
+    assert sampling_dtype(full(), CUDA) is sampling
+
+
+def test_on_a_cpu_and_where_it_is_said_precision_is_fixed():
+    assert training_dtype(full(), CPU) is sampling_dtype(full(), CPU) is None
+    wanted = {"train.precision": "fp16", "sample.precision": "bf16"}
+    config = apply_overrides(full(), wanted)
+    assert training_dtype(config, CPU) is torch.float16
+    assert sampling_dtype(config, CPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize("choice, expected", [("auto", False), ("true", True), ("false", False)])
+def test_channels_last_is_a_layout_and_changes_no_number(choice, expected):
+    layout = {"train.channels_last": choice}
+    config = apply_overrides(full(), SMALL | layout)
+    model, _ = build_model(config, "cpu")
+    plain, _ = build_model(apply_overrides(config, {"train.channels_last": "false"}), "cpu")
+    weight = model.stem.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == expected
+    torch.nn.init.normal_(model.out.weight, std=0.1)
+    plain.load_state_dict(model.state_dict())
+    x_t, labels = torch.randn(3, 3, 16, 16), torch.arange(3)
+    torch.testing.assert_close(
+        model(x_t, labels, labels), plain(x_t, labels, labels), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_network_is_sampled_in_bf16_and_the_state_stays_float32():
+    config = apply_overrides(full(), SMALL | {"sample.num_inference_steps": "3"})
+    _, scheduler = build_model(config, "cpu")
+    seen = []
+
+    class Network(torch.nn.Module):
+        null_label = 10
+
+        def forward(self, x_t, timesteps, class_labels):
+            seen.append((x_t.dtype, torch.mm(x_t[0, 0], x_t[0, 0]).dtype))
+            return x_t.to(torch.bfloat16)
+
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        chosen = apply_overrides(config, {"sample.precision": precision})
+        sampler = build_sampler(chosen, scheduler)
+        pictures = sampler.sample(Network(), torch.tensor([1]), (3, 16, 16), [0])
+        assert pictures.dtype == torch.float32
+        assert seen == 3 * [(torch.float32, dtype)]
+
+
+def test_float32_means_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    build.choose_device(apply_overrides(full(), {"train.device": "cpu"}))
+    assert not torch.backends.cudnn.allow_tf32
