@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 FORMAT = "conditional_diffusion"
-FORMAT_VERSION = 2  # 2: the network has a Wiener preconditioner
+FORMAT_VERSION = 3  # 3: the Wiener filter carries the rest of the network as well
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizer"}
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .wiener import WienerFilter, dct_matrix, linear_prediction, root_mean_square
+from .wiener import WienerFilter, dct_matrix, root_mean_square
 
 FILTER_SIZE = 5  # patches a side that the linear path from input to output looks at
 
@@ -116,12 +116,12 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """Class-conditional U-Net; `forward(x_t, timesteps, class_labels)` has the shape of x_t.
 
-    Two things beside the usual trunk make it learn in few steps. A learned position map is added
-    to the first feature map, because at high noise a layout can come from nowhere else. And the
-    trunk only adds to the best linear guess from x_t, in units of what that leaves open. For this
-    `measure` has to be given data before training. The guess is that of the data as a whole; one
-    small linear filter per patch frequency, a function of the timestep, can take it back where more
-    is known, as in memorising.
+    Three things beside the usual trunk make it learn in few steps. A learned position map is added
+    to the first feature map, because at high noise a layout can come from nowhere else. The network
+    only adds to the best linear guess from x_t, in units of what that leaves open; for this
+    `measure` has to be given data before training. And since that guess is made for the data as a
+    whole, a small linear filter per patch frequency, a function of the timestep, stands beside the
+    trunk: it can take the guess back where more is known, as in memorising.
 
     Args:
         alphas_cumprod: of the noise schedule, (T,).
@@ -210,17 +210,13 @@ class UNet(nn.Module):
         """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
         time = self.time_mlp(timestep_embedding(timesteps, self.time_embed_dim))
         cond = F.silu(torch.cat([time, self.class_embedding(class_labels)], dim=1))
-        # c_in and c_out of Karras et al. 2022, sec. 5, one for each patch frequency.
+        # c_in of Karras et al. 2022, sec. 5, one for each patch frequency.
         alphas_cumprod = self.wiener.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         variance = alphas_cumprod * self.patch_std**2 + 1 - alphas_cumprod
-        _, error = linear_prediction(
-            alphas_cumprod, self.patch_std, self.wiener.prediction_type
-        )  # (B, C p^2, 1, 1)
-        patches = self.patches(x_t)
-        residual = error * self.trunk(patches * variance.rsqrt(), cond)
-        residual = residual + filter_each(patches, self.input_filter(time))
-        residual = F.conv_transpose2d(residual, self.basis, stride=self.patch_size)
-        return self.wiener(x_t, timesteps) + residual.float()
+        patches = self.patches(x_t) * variance.rsqrt()
+        rest = self.trunk(patches, cond) + filter_each(patches, self.input_filter(time))
+        rest = F.conv_transpose2d(rest, self.basis, stride=self.patch_size)  # (B, C, H, W)
+        return self.wiener(x_t, timesteps, rest)
 
     def patches(self, x: Tensor) -> Tensor:
         """Frequencies of the patches of x (B, C, H, W): (B, C p^2, H / p, W / p)."""

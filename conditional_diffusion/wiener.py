@@ -3,7 +3,8 @@
 Pictures are far from white: in enlarged ones nearly all the power lies in a few low frequencies,
 and in brightness rather than colour. Given the power of every frequency of the data, the training
 target has a best linear guess from x_t in closed form. This is c_skip of Karras et al. 2022,
-sec. 5, with one sigma_data per frequency instead of one for all.
+sec. 5, with one sigma_data per frequency instead of one for all, and the error of the guess is its
+c_out.
 """
 
 import math
@@ -11,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+# In larger units a small step of the network would be a leap in the few lowest frequencies.
+LARGEST_UNIT = 2.0
 SMALLEST_STD = 1e-3  # of a frequency: data may lack it, a network must still be able to draw it
 
 
@@ -49,7 +52,7 @@ def linear_prediction(
 
 
 class WienerFilter(nn.Module):
-    """Guesses the training target from pictures x_t (B, C, S, S); see the module's text.
+    """Guesses the training target from pictures x_t (B, C, S, S), and adds what a network knows.
 
     Until `measure` has seen data, every frequency counts as of unit variance.
 
@@ -86,10 +89,16 @@ class WienerFilter(nn.Module):
         """Take the power of each frequency from images (N, C, S, S)."""
         self.std.copy_(root_mean_square(self.spectrum(x_start)))
 
-    def forward(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The best linear guess of the training target from x_t (B, C, S, S), float32."""
+    def forward(self, x_t: Tensor, timesteps: Tensor, rest: Tensor) -> Tensor:
+        """The best linear guess from x_t, plus the rest in units of the guess's error.
+
+        x_t, rest and the result, which is float32, are pictures (B, C, S, S). The units are
+        those of each frequency, at most LARGEST_UNIT.
+        """
         alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        slope, _ = linear_prediction(alphas_cumprod, self.std, self.prediction_type)
+        slope, error = linear_prediction(alphas_cumprod, self.std, self.prediction_type)
+        unit = error.clamp(max=LARGEST_UNIT)
         # Most of the guess may be the input's own noise, which has to cancel: no autocast.
         with torch.autocast(x_t.device.type, enabled=False):
-            return self.picture(slope * self.spectrum(x_t.float()))
+            spectrum = slope * self.spectrum(x_t.float()) + unit * self.spectrum(rest.float())
+            return self.picture(spectrum)

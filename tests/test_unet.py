@@ -77,7 +77,7 @@ def test_network_starts_as_the_linear_guess(tiny_model):
     model = tiny_model()
     model.measure(0.3 * torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     x_t, timesteps, labels = inputs(11)
-    expected = model.wiener(x_t, timesteps)
+    expected = model.wiener(x_t, timesteps, torch.zeros_like(x_t))
     assert expected.any()
     assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=0)
 

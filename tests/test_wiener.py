@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from conditional_diffusion.wiener import WienerFilter, dct_matrix, linear_prediction
+from conditional_diffusion.wiener import (
+    LARGEST_UNIT,
+    WienerFilter,
+    dct_matrix,
+    linear_prediction,
+)
 
 
 def gaussian(std: float, alphas_cumprod: float, prediction_type: str, n: int = 200_000):
@@ -100,7 +105,7 @@ def test_guess_is_the_best_linear_one(make, schedule, prediction_type):
     noise, timesteps = images(4000, seed=1), torch.full((4000,), 20)
     x_t = scheduler.add_noise(x_start, noise, timesteps)
     target = scheduler.training_target(x_start, noise, timesteps)
-    guess = wiener(x_t, timesteps)
+    guess = wiener(x_t, timesteps, torch.zeros_like(x_t))
     error = (guess - target).square().mean()
     # The same data decide on the best matrix: it fits them slightly better, by 192 / 4000.
     best = torch.linalg.lstsq(x_t.flatten(1).double(), target.flatten(1).double()).solution
@@ -113,5 +118,35 @@ def test_linear_path_stays_in_full_precision_under_autocast(make):
     wiener, x_t, timesteps = make(), images(3), torch.tensor([0, 20, 49])
     wiener.measure(0.01 * images(20))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = wiener(x_t, timesteps)
-    assert torch.equal(output, wiener(x_t, timesteps))
+        output = wiener(x_t, timesteps, x_t)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, wiener(x_t, timesteps, x_t))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("strength", [0.3, 8.0])
+def test_rest_counts_in_units_of_what_the_guess_leaves_open(
+    make, schedule, prediction_type, strength
+):
+    """Guess and a rest of unit variance have the spread of the target, where units are not cut."""
+    scheduler, wiener = schedule(prediction_type=prediction_type), make(prediction_type)
+    x_start, noise, rest = strength * images(4000), images(4000, seed=1), images(4000, seed=2)
+    wiener.measure(x_start)
+    timesteps = torch.full((4000,), 20)
+    x_t = scheduler.add_noise(x_start, noise, timesteps)
+    guess = wiener(x_t, timesteps, torch.zeros_like(x_t))
+    open_ = (scheduler.training_target(x_start, noise, timesteps) - guess).std()
+    unit = (wiener(x_t, timesteps, rest) - guess).std()
+    assert unit.item() == pytest.approx(min(open_.item(), LARGEST_UNIT), rel=0.02)
+
+
+def test_units_are_those_of_each_frequency(make):
+    wiener, x_t = make(), torch.zeros(1, 3, 8, 8)
+    wiener.std.fill_(1e-3)
+    wiener.std[0, 2, 1] = 1.0
+    timesteps, flat = torch.tensor([20]), torch.ones(1, 3, 8, 8)
+    found = wiener.spectrum(wiener(x_t, timesteps, wiener.picture(flat)))[0]
+    a = wiener.alphas_cumprod[20].item()
+    assert found[0, 2, 1].item() == pytest.approx(1.0, rel=1e-4)
+    small = 1e-3 / math.sqrt(a * 1e-6 + 1 - a)  # of v_prediction
+    assert found[1, 5, 5].item() == pytest.approx(small, rel=0.01)
