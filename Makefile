@@ -37,7 +37,7 @@ EVALUATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,PICTURES,--pictures) \
 CLEAN_FLAGS = $(if $(filter 1 yes true,$(CONFIRM)),--yes)
 
 .PHONY: help install demo data train overfit test quick-test generate evaluate status monitor \
-  gpu-status bench check clean clean-all clean-cuda check-python
+  doctor gpu-status bench check clean clean-all clean-cuda check-python
 
 help:  ## This list
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -83,6 +83,9 @@ status:  ## Training state and the checkpoints that exist
 
 monitor:  ## Live view of the run and the GPU
 	@$(BASE_PYTHON) run_status.py monitor
+
+doctor: $(ENVIRONMENT)  ## Whether training will work here: everything it needs, tried in small
+	@$(PYTHON) doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DEVICE,--device) $(ARGS)
 
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
 	@$(PYTHON) gpu_status.py

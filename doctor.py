@@ -1,0 +1,194 @@
+"""Whether training will work here, tried in small: `make doctor`."""
+
+import math
+import shutil
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import config as settings
+from cifar10 import DataError, find_source, fingerprint, list_pictures, published_archive
+from command_line import Parser, add_config_flags, config_overrides, exit_with
+from config import Config, ConfigError
+from gpu_status import diagnose, gather_facts
+
+PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "pillow")
+OLDEST_TORCH = (2, 11)
+OLDEST_PYTHON = (3, 11)
+TRIAL_IMAGES = 2
+DATA_BYTES = 2 * 2**30  # for archive, prepared arrays and caches
+PROCESS_BYTES = 4 * 2**30  # of main memory, for torch, the pictures and a batch on a CPU
+USER_ERRORS = (ConfigError,)
+WIDTH = 79
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether it is well, what was found, and where it is not, the cure.
+
+    Something that slows training down or changes it, but lets it run, is well with a cure.
+    """
+
+    well: bool
+    text: str
+    cure: str = ""
+
+
+def check_packages() -> Finding:
+    python = sys.version.split()[0]
+    if sys.version_info < OLDEST_PYTHON:
+        return Finding(False, f"Python {python}", "3.11 or later is needed: BASE_PYTHON=python3.12")
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return Finding(False, f"{name} is not installed", "run `make install`")
+    found = f"Python {python}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
+    if tuple(map(int, versions["torch"].split(".")[:2])) < OLDEST_TORCH:
+        return Finding(False, found, "torch 2.11 or later is needed: `make install`")
+    return Finding(True, found)
+
+
+def check_gpu() -> Finding:
+    well, sentence = diagnose(gather_facts())
+    text, _, cure = sentence.partition("Cure: ")
+    return Finding(well, text.strip(), cure)
+
+
+def check_disk(needed: int) -> Finding:
+    free = shutil.disk_usage(".").free
+    text = f"{free / 2**30:.1f} GiB free, a full run takes about {needed / 2**30:.1f} GiB"
+    return Finding(free > needed, text, "" if free > needed else "free some space on this disk")
+
+
+def check_memory() -> Finding:
+    from conditional_diffusion.memory import available_cpu_memory
+
+    free = available_cpu_memory()
+    scarce = f"below {PROCESS_BYTES / 2**30:.0f} GiB runs may end early; end other programs"
+    text = f"{free / 2**30:.1f} GiB of main memory available"
+    return Finding(True, text, scarce if free < PROCESS_BYTES else "")
+
+
+def check_writing() -> Finding:
+    try:
+        with tempfile.NamedTemporaryFile(dir="."):
+            pass
+    except OSError as error:
+        return Finding(False, f"this folder cannot be written to ({error.strerror})",
+                       "clone the repository to a place that is yours")  # fmt: skip
+    return Finding(True, f"results can be written to {Path.cwd()}")
+
+
+def check_data(config: Config) -> Finding:
+    try:
+        source = find_source(config.data.data_dir)
+        if source is None:
+            return Finding(True, "no pictures found", "`make train` will download CIFAR-10 "
+                           "(170 MB), `make train DATA_DIR=...` uses your own")  # fmt: skip
+        archive = published_archive(source)
+        pictures = [] if archive else list_pictures(source)
+        if not archive and not pictures:
+            return Finding(False, f"{source} holds no pictures in folders named by class",
+                           "see README, Data")  # fmt: skip
+        name = fingerprint(archive or source, pictures, config.data)
+    except (DataError, OSError) as error:
+        return Finding(False, str(error), "see README, Data")
+    prepared = (Path("data/prepared") / name / "info.json").exists()
+    count = "the published archive" if archive else f"{len(pictures)} pictures"
+    return Finding(True, f"{source}: {count}, fingerprint {name}, "
+                   f"{'prepared' if prepared else 'to be prepared by the first run'}")  # fmt: skip
+
+
+def check_step(config: Config) -> Finding:
+    """One training step and one sampled picture of the configured network, on its device."""
+    import torch
+
+    from build import build_model, build_sampler, choose_device, precision_name, training_dtype
+    from conditional_diffusion import TrainingEngine
+    from training_run import peak_memory_gib
+
+    try:
+        device = choose_device(config)
+        model, scheduler = build_model(config, device)
+        dtype = training_dtype(config, device)
+        engine = TrainingEngine(
+            model, scheduler, total_steps=2, learning_rate=1e-4, autocast_dtype=dtype,
+            max_skipped_steps=2,
+        )  # fmt: skip
+        size = config.data.image_size
+        batch = torch.rand(TRIAL_IMAGES, 3, size, size, device=device) * 2 - 1
+        labels = torch.zeros(TRIAL_IMAGES, dtype=torch.long, device=device)
+        engine.train_step(batch, labels)
+        engine.take_metrics()
+        began = time.perf_counter()
+        engine.train_step(batch, labels)
+        loss = engine.take_metrics()["loss"]
+        seconds = time.perf_counter() - began
+        sample = replace(config.sample, num_inference_steps=2, guidance_scale=1.0)
+        sampler = build_sampler(replace(config, sample=sample), scheduler)
+        picture = sampler.sample(model, labels[:1], (3, size, size), [0])
+    except Exception as error:  # whatever goes wrong here would go wrong in training
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Finding(False, f"a training step failed: {reason}",
+                       "see the GPU line above; --device cpu works anywhere")  # fmt: skip
+    if loss is None or not math.isfinite(picture.sum().item()):
+        return Finding(False, f"numbers are not finite in {precision_name(dtype)}",
+                       "--train.precision fp32")  # fmt: skip
+    return Finding(True, f"on {device} in {precision_name(dtype)}: a step of {TRIAL_IMAGES} images "
+                   f"took {seconds:.2g} s, a picture could be drawn, "
+                   f"{peak_memory_gib(device):.1f} GiB at most")  # fmt: skip
+
+
+def space_needed(config: Config) -> int:
+    """Bytes of a full run: the newest checkpoints, best.pt, one being written; data and caches."""
+    import torch
+
+    from build import build_model
+
+    with torch.device("meta"):
+        model, _ = build_model(config, "meta")
+    checkpoint = 4 * sum(parameter.nbytes for parameter in model.parameters())
+    return (config.train.keep_checkpoints + 2) * checkpoint + DATA_BYTES
+
+
+def show(what: str, finding: Finding) -> None:
+    word = "FAIL" if not finding.well else "note" if finding.cure else "ok"
+    indent = " " * 17
+    text = finding.text + (f". Cure: {finding.cure}" if finding.cure else "")
+    print(textwrap.fill(f"{word:<6}{what:<11}{text}", WIDTH, subsequent_indent=indent,
+                        break_on_hyphens=False, break_long_words=False), flush=True)  # fmt: skip
+
+
+def main() -> int:
+    parser = Parser(description=__doc__)
+    add_config_flags(parser, tuple(settings.SECTIONS))
+    config = settings.apply_overrides(settings.full(), config_overrides(parser.parse_args()))
+    checks: dict[str, Callable[[], Finding]] = {
+        "packages": check_packages,
+        "GPU": check_gpu,
+        "writing": check_writing,
+        "disk": lambda: check_disk(space_needed(config)),
+        "memory": check_memory,
+        "data": lambda: check_data(config),
+        "training": lambda: check_step(config),
+    }
+    failed = 0
+    for what, check in checks.items():
+        finding = check()
+        show(what, finding)
+        failed += not finding.well
+        if what == "packages" and failed:
+            break  # nothing else can be tried
+    print(f"{failed} of these would stop training" if failed else "training will work here")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    exit_with(main, USER_ERRORS)

@@ -1,0 +1,128 @@
+"""doctor.py: what it finds well, and that each fault is named with its cure."""
+
+import math
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+import doctor
+from conditional_diffusion import UNet, memory
+
+pytestmark = pytest.mark.usefixtures("own_directory")
+# The data section asks for real pictures, of which there are none here.
+FLAGS = TINY_FLAGS
+
+
+@pytest.fixture
+def lines(call, monkeypatch):
+    """lines(*flags) -> (exit status, {check: its line})."""
+    monkeypatch.setattr("cifar10.SEARCH_PATH", (Path("data/cifar10-128x128"),))
+
+    def run(*flags) -> tuple[int, dict[str, str]]:
+        status, said = call(doctor, *FLAGS, *flags)
+        assert "Traceback" not in said and max(map(len, said.splitlines())) < 80
+        blocks = said.replace("\n" + 17 * " ", " ").splitlines()
+        findings = [line for line in blocks if line.startswith(("ok", "note", "FAIL"))]
+        return status, {line[6:17].strip(): line for line in findings}
+
+    return run
+
+
+def test_a_healthy_machine_passes_and_leaves_nothing_behind(lines):
+    status, found = lines()
+    assert status == 0
+    assert {name: line.split()[0] for name, line in found.items()} == {
+        "packages": "ok", "GPU": "ok", "writing": "ok", "disk": "ok", "memory": "ok",
+        "data": "note", "training": "ok",
+    }  # fmt: skip
+    assert f"torch {torch.__version__.split('+')[0]}" in found["packages"]
+    assert "on cpu in fp32: a step of 2 images took" in found["training"]
+    assert "will download CIFAR-10" in found["data"]
+    assert list(Path().iterdir()) == []
+
+
+def failing(status_and_lines, what: str) -> str:
+    """The line of the one check that failed."""
+    status, found = status_and_lines
+    assert status == 1
+    assert [name for name, line in found.items() if line.startswith("FAIL")] == [what]
+    return found[what]
+
+
+@pytest.mark.parametrize("missing", ["torch", "tqdm"])
+def test_a_missing_package_ends_the_examination(lines, monkeypatch, missing):
+    version = metadata.version
+
+    def lacking(name):
+        if name == missing:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", lacking)
+    status, found = lines()
+    line = failing((status, found), "packages")
+    assert f"{missing} is not installed. Cure: run `make install`" in line
+    assert "training" not in found
+
+
+def test_an_old_torch_is_named(lines, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.10.1")
+    assert "torch 2.11 or later" in failing(lines(), "packages")
+
+
+def test_a_folder_that_cannot_be_written_to(lines, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    assert "cannot be written to (Permission denied)" in failing(lines(), "writing")
+
+
+def test_a_full_disk(lines, monkeypatch):
+    usage = shutil.disk_usage(".")._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert "0.0 GiB free, a full run takes about 2.0 GiB" in failing(lines(), "disk")
+
+
+def test_scarce_memory_is_noted(lines, monkeypatch):
+    monkeypatch.setattr(memory, "available_cpu_memory", lambda: 2**30)
+    status, found = lines()
+    assert status == 0 and found["memory"].startswith("note") and "1.0 GiB" in found["memory"]
+
+
+def test_data_that_cannot_be_used(lines, tmp_path):
+    assert "DATA_DIR nowhere does not exist" in failing(lines("--data-dir", "nowhere"), "data")
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no pictures" in failing(lines("--data-dir", "empty"), "data")
+
+
+def test_data_that_can_be_used(lines, tmp_path):
+    folder = tmp_path / "pictures" / "train" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "1.png").touch()
+    status, found = lines("--data-dir", "pictures")
+    assert status == 0
+    assert found["data"].startswith("ok    data       pictures: 1 pictures, fingerprint ")
+
+
+def test_a_step_that_fails_or_gives_no_numbers(lines, monkeypatch):
+    def broken(self, *inputs):
+        raise RuntimeError("CUDA error: no kernel image is available\nand more")
+
+    def poisoned(self, x_t, timesteps, class_labels):
+        return x_t * self.position.mean() * math.nan
+
+    for forward, words in ((broken, "CUDA error: no kernel image"), (poisoned, "not finite")):
+        monkeypatch.setattr(UNet, "forward", forward)
+        line = failing(lines(), "training")
+        assert words in line and "Cure: " in line
+
+
+def test_a_device_that_is_not_there(lines):
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    assert "device 'cuda:9' cannot be used" in failing(lines("--device", "cuda:9"), "training")
