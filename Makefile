@@ -79,16 +79,16 @@ evaluate: $(EVALUATION_ENVIRONMENT)  ## Scores of a checkpoint's samples, or of 
 	@$(PYTHON) evaluate_samples.py $(EVALUATE_FLAGS)
 
 status:  ## Training state and the checkpoints that exist
-	@$(BASE_PYTHON) run_status.py status
+	@$(BASE_PYTHON) run_status.py status $(ARGS)
 
 monitor:  ## Live view of the run and the GPU
-	@$(BASE_PYTHON) run_status.py monitor
+	@$(BASE_PYTHON) run_status.py monitor $(ARGS)
 
 doctor: $(ENVIRONMENT)  ## Whether training will work here: everything it needs, tried in small
 	@$(PYTHON) doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DEVICE,--device) $(ARGS)
 
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
-	@$(PYTHON) gpu_status.py
+	@$(PYTHON) gpu_status.py $(ARGS)
 
 bench: $(ENVIRONMENT)  ## Speed and memory of training and sampling on this machine
 	@$(PYTHON) benchmark.py $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)

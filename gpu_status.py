@@ -1,13 +1,14 @@
 """What the GPUs are doing, and why training does or does not use one (`make gpu-status`)."""
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 QUERY = "index,name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
 NOT_INSTALLED = "nvidia-smi, and so the NVIDIA driver, is not installed"
@@ -159,10 +160,17 @@ def format_facts(facts: Facts) -> str:
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    as_json = parser.parse_args().json
     facts = gather_facts()
-    print(format_facts(facts))
-    return 0 if diagnose(facts)[0] else 1
+    well, diagnosis = diagnose(facts)
+    if as_json:
+        content = asdict(facts) | {"query": QUERY.split(","), "well": well, "diagnosis": diagnosis}
+        print(json.dumps(content, indent=1))
+    else:
+        print(format_facts(facts))
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

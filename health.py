@@ -1,12 +1,18 @@
-"""What the losses of a run say about its health, in a sentence with a cure."""
+"""What losses and pictures of a run say about its health, in sentences with a cure."""
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SPIKE = 2.0  # times the median of the records before
 DEAD = 0.98  # of the loss at the start: above it nothing has been learned
 FIRST, RECENT = 5, 20  # records that stand for the start and for now
+LAG = 1.1  # times the loss of the raw weights: the average is too slow
+RISE = 1.1  # times the best validation loss, while the training loss does not rise
+GRADIENT = 5.0  # times the median gradient norm of the records before
+FLAT = 0.02  # standard deviation of a picture's pixels in [-1, 1], mean of its channels
+DRIFT = 0.3  # difference of the means of a colour channel in [-1, 1]
+COLOURS = ("red", "green", "blue")
 
 
 class LossWatch:
@@ -46,3 +52,72 @@ class LossWatch:
                     "look at the originals in samples/ and at train.learning_rate"
                 )
         return found
+
+
+def quarter_words(train: Sequence[dict]) -> list[str]:
+    """How the loss of each noise level goes: "normal", "stuck", "diverging" or "too early".
+
+    The last RECENT records count, against the first ones and against the best stretch so far: stuck
+    is more than DEAD of the start, diverging more than SPIKE times the best.
+    """
+    words = []
+    for quarter in range(len(train[-1]["loss_quarters"]) if train else 0):
+        losses = [record["loss_quarters"][quarter] for record in train]
+        losses = [loss for loss in losses if loss is not None]
+        if len(losses) < 2 * RECENT:
+            words.append("too early")
+            continue
+        stretches = [statistics.fmean(losses[i : i + RECENT])
+                     for i in range(0, len(losses) - RECENT + 1, RECENT)]  # fmt: skip
+        now, start = statistics.fmean(losses[-RECENT:]), statistics.fmean(losses[:FIRST])
+        words.append("diverging" if now > SPIKE * min(stretches)
+                     else "stuck" if now > DEAD * start else "normal")  # fmt: skip
+    return words
+
+
+def validation_findings(train: Sequence[dict], validation: Sequence[dict]) -> list[str]:
+    """What the records up to a validation say: lagging average, overfitting, growing gradients."""
+    found = []
+    last = validation[-1]
+    if last["loss_ema"] > LAG * last["loss"]:
+        found.append(
+            f"the EMA weights lag behind the raw ones (validation loss {last['loss_ema']:.4g} "
+            f"against {last['loss']:.4g}); if that lasts, lower train.ema_halflife_images"
+        )
+    best = min(validation, key=lambda record: record["loss"])
+    recent = [record["loss"] for record in train[-RECENT:]]
+    at_best = [record["loss"] for record in train if record["step"] <= best["step"]][-RECENT:]
+    if recent and at_best and last["loss"] > RISE * best["loss"]:
+        if statistics.fmean(recent) <= statistics.fmean(at_best):
+            found.append(
+                f"validation loss rose from {best['loss']:.4g} (step {best['step']}) to "
+                f"{last['loss']:.4g} while training loss did not: the model memorises. best.pt "
+                "keeps the best weights; model.dropout or more pictures help"
+            )
+    norms = [record["grad_norm"] for record in train]
+    if len(norms) >= 3 * RECENT:
+        usual = statistics.median(norms[:-RECENT])
+        if statistics.median(norms[-RECENT:]) > GRADIENT * usual:
+            found.append(
+                f"gradients have grown to {statistics.median(norms[-RECENT:]):.3g} from "
+                f"{usual:.3g}; lower train.learning_rate"
+            )
+    return found
+
+
+def picture_findings(images, data) -> list[str]:
+    """What samples (N, 3, H, W) in [-1, 1] show beside data (M, 3, H, W): flatness, a tint."""
+    found = []
+    if flat := int((images.flatten(2).std(2).mean(1) < FLAT).sum()):
+        found.append(
+            f"{flat} of {len(images)} pictures are of a single colour; if that lasts, try "
+            "train.precision fp32 and sample.precision fp32"
+        )
+    means = [x.mean((0, 2, 3)).tolist() for x in (images, data)]
+    for colour, ours, theirs in zip(COLOURS, *means):
+        if abs(ours - theirs) > DRIFT:
+            found.append(
+                f"pictures have {colour} at {ours:+.2f} on average, the data at {theirs:+.2f}: a "
+                "tint that should fade with training"
+            )
+    return found

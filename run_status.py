@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_status import format_gpus, query_gpus
+from health import quarter_words
 from training_monitor import RUN_DIRECTORIES, read_metrics
 
 NO_RUN = "No training run yet: type `make demo` for a small one or `make train`."
@@ -128,18 +129,24 @@ def loss_text(records: list[dict], key: str) -> str:
     return f"last {records[-1][key]:<10.4g} best {best[key]:<10.4g} at step {best['step']}"
 
 
+def seconds_left(run: Run) -> float | None:
+    """Of a run that lives, at the pace of its last records; None where that is not known."""
+    # Records from before this start are a resumed run's: the pause is no time per step.
+    recent = [r for r in run.train[-20:] if r["time"] >= run.facts["started"]]
+    if run.facts["state"] != "running" or len(recent) < 2:
+        return None
+    first, last = recent[0], recent[-1]
+    step_seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
+    return (run.facts["total_steps"] - last["step"]) * step_seconds
+
+
 def speed_text(run: Run) -> str:
-    """Images per second, and while the run lives the time left at the pace of the last records."""
+    """Images per second, and while the run lives the time left."""
     text = f"{run.train[-1]['images_per_second']:.1f} images/s" if run.train else "not known yet"
     if run.facts["state"] != "running":
         return text
-    # Records from before this start are a resumed run's: the pause is no time per step.
-    recent = [r for r in run.train[-20:] if r["time"] >= run.facts["started"]]
-    if len(recent) < 2:
-        return f"{text}, time left not known yet"
-    first, last = recent[0], recent[-1]
-    step_seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
-    return f"{text}, time left {duration((run.facts['total_steps'] - last['step']) * step_seconds)}"
+    left = seconds_left(run)
+    return f"{text}, time left {'not known yet' if left is None else duration(left)}"
 
 
 def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]:
@@ -160,6 +167,24 @@ def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]
         ("last sample", sample),
         *zip(["checkpoints", *[""] * len(files)], files or ["none yet"]),
     ]
+
+
+def as_json(runs: list[Run]) -> list[dict]:
+    """The same for programs; times are seconds since 1970, losses as they were recorded."""
+    return [
+        {
+            "mode": run.mode, "folder": str(run.folder), **run.facts,
+            "seconds_left": seconds_left(run),
+            "last_train": run.train[-1] if run.train else None,
+            "last_validation": run.validation[-1] if run.validation else None,
+            "noise_levels": quarter_words(run.train),
+            "warnings": run.warnings,
+            "checkpoints": [{"name": name, "bytes": size, "modified": modified}
+                            for modified, name, size in run.checkpoints],
+            "last_sample": f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else None,
+        }
+        for run in runs
+    ]  # fmt: skip
 
 
 def format_status(runs: list[Run], now: float) -> str:
@@ -194,6 +219,7 @@ def curve_rows(run: Run, now: float, room: int) -> list[tuple[str, str]]:
         ("last metrics", f"{duration(now - last['time'])} ago"),
         ("loss curve", sparkline([record["loss"] for record in run.train], room)),
         ("by noise", f"{'  '.join(quarters)}  (least to most noise)"),
+        ("", "  ".join(quarter_words(run.train))),
     ]
 
 
@@ -251,11 +277,17 @@ def monitor(root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("status", "monitor"))
+    parser.add_argument("--json", action="store_true", help="the same as JSON, once")
     parser.add_argument("--once", action="store_true", help="monitor: one screen, then exit")
     parser.add_argument("--root", type=Path, default=Path(), help="where the run directories are")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # for an output that lacks the blocks
-    if args.command == "status":
+    if args.json:
+        content = {"runs": as_json(find_runs(args.root))}
+        if args.command == "monitor":
+            content["gpus"] = query_gpus()
+        print(json.dumps(content, indent=1))
+    elif args.command == "status":
         print(format_status(find_runs(args.root), time.time()))
     elif args.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         print(*format_monitor(find_runs(args.root), query_gpus(), time.time(), 80, 99), sep="\n")

@@ -16,7 +16,7 @@ from conditional_diffusion.memory import fitting_batch_size
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config
 from data import Split, TrainingBatches, to_x_start
-from health import LossWatch
+from health import LossWatch, picture_findings, validation_findings
 from scores import nearest_images
 from training_monitor import (
     TrainingMonitor,
@@ -167,12 +167,20 @@ class Run:
         ]
         monitor.record("validation", step=self.engine.step, loss=losses[0], loss_ema=losses[1])
         self.validated = (self.engine.step, losses[1])
+        if self.config.mode == "full":  # the others memorise on purpose
+            records = read_metrics(self.folder)
+            train, validation = ([r for r in records if r["kind"] == kind]
+                                 for kind in ("train", "validation"))  # fmt: skip
+            for finding in validation_findings(train, validation):
+                monitor.warn(self.engine.step, finding)
 
     def draw(self, monitor: TrainingMonitor) -> None:
         rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
             images = self.sample(model, rows, grid=True)
             monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
+        for finding in picture_findings(images, self.validation[0]):  # of the EMA
+            monitor.warn(self.engine.step, finding)
 
     def lacks_grid(self) -> bool:
         """Whether a kill came between the checkpoint of this step and the grid due with it."""

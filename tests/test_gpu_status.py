@@ -1,5 +1,6 @@
 """gpu_status.py: readings of nvidia-smi, the diagnoses, the screen."""
 
+import json
 import os
 import subprocess
 import sys
@@ -127,12 +128,12 @@ def ones(count, device):
 """
 
 
-def run_with_torch(tmp_path, source):
+def run_with_torch(tmp_path, source, *flags):
     (tmp_path / "torch.py").write_text(source)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}
     script = Path(gpu_status.__file__)
-    return subprocess.run([sys.executable, script], text=True, capture_output=True, timeout=60,
-                          env=environment)  # fmt: skip
+    return subprocess.run([sys.executable, script, *flags], text=True, capture_output=True,
+                          timeout=60, env=environment)  # fmt: skip
 
 
 def test_screen_of_a_working_machine(fake_smi, tmp_path):
@@ -161,3 +162,14 @@ def test_torch_that_cannot_be_loaded(fake_smi, tmp_path, source):
     done = run_with_torch(tmp_path, source)
     assert (done.returncode, done.stderr) == (1, "")
     assert "Diagnosis: torch cannot be loaded (" in done.stdout
+
+
+def test_json_says_the_same_to_programs(fake_smi, tmp_path):
+    fake_smi(MIG_GPU, NEW_HEADER)
+    done = run_with_torch(tmp_path, FAKE_TORCH.format(problem=""), "--json")
+    content = json.loads(done.stdout)
+    assert done.returncode == 0 and content["well"] is True
+    gpu = dict(zip(content["query"], content["gpus"][0]))
+    assert gpu["name"] == "NVIDIA A100-SXM4-40GB" and gpu["power.draw"] == "[Not Supported]"
+    assert content["driver"] == "610.43.02" and content["torch_version"] == "2.14.1"
+    assert content["diagnosis"] == "Training will use the GPU, cuda:0."

@@ -3,8 +3,9 @@
 import random
 
 import pytest
+import torch
 
-from health import LossWatch
+from health import LossWatch, picture_findings, quarter_words, validation_findings
 
 
 def course(*losses: float) -> list[str]:
@@ -51,3 +52,62 @@ def test_a_plateau_below_the_start_is_no_dead_run():
 def test_a_continued_run_remembers_what_was_usual():
     assert LossWatch(falling(50)).warnings(0.5)
     assert not LossWatch([0.5] * 50).warnings(0.5)  # said before the interruption
+
+
+def records(losses, **more) -> list[dict]:
+    """Training records of these mean losses, every quarter at the same loss."""
+    return [{"step": 10 * n, "loss": loss, "loss_quarters": [loss] * 4, "grad_norm": 1.0, **more}
+            for n, loss in enumerate(losses, start=1)]  # fmt: skip
+
+
+def test_every_noise_level_has_a_word():
+    train = records([0.5] * 60)
+    for n, record in enumerate(train):
+        grows = 0.1 + 0.02 * max(0, n - 40)
+        record["loss_quarters"] = [0.9**n + 0.1, 0.5, grows, None if n < 45 else 0.3]
+    assert quarter_words(train) == ["normal", "stuck", "diverging", "too early"]
+    assert quarter_words(train[:39]) == ["too early"] * 4
+    assert quarter_words([]) == []
+
+
+def validation(*losses, ema=None) -> list[dict]:
+    return [{"step": 100 * n, "loss": loss, "loss_ema": ema or loss}
+            for n, loss in enumerate(losses, start=1)]  # fmt: skip
+
+
+def test_a_good_validation_finds_nothing():
+    assert validation_findings(records(falling(60)), validation(0.2, 0.1, 0.105)) == []
+    assert validation_findings([], validation(0.2)) == []
+
+
+def test_an_average_that_lags_is_found():
+    (finding,) = validation_findings(records(falling(60)), validation(0.2, 0.1, ema=0.12))
+    assert "EMA weights lag" in finding and "ema_halflife_images" in finding
+
+
+def test_overfitting_is_found_but_not_where_training_gets_worse_too():
+    falling_on = [1 / n for n in range(1, 61)]
+    (finding,) = validation_findings(records(falling_on), validation(0.2, 0.1, 0.15))
+    assert "rose from 0.1 (step 200) to 0.15" in finding and "best.pt" in finding
+    rising = [0.1] * 20 + [0.5] * 40
+    assert validation_findings(records(rising), validation(0.2, 0.1, 0.15)) == []
+
+
+def test_growing_gradients_are_found():
+    train = records(falling(80))
+    for record in train[60:]:
+        record["grad_norm"] = 7.0
+    (finding,) = validation_findings(train, validation(0.1))
+    assert "gradients have grown to 7 from 1" in finding
+
+
+def test_flat_and_tinted_pictures_are_found():
+    data = torch.rand(50, 3, 8, 8, generator=torch.manual_seed(0)) * 2 - 1
+    assert picture_findings(data[:20], data) == []
+    black = data[:20].clone()
+    black[3:5] = -1
+    (finding,) = picture_findings(black, data)
+    assert "2 of 20 pictures are of a single colour" in finding
+    green = data[:20] + torch.tensor([0, 0.5, 0]).view(3, 1, 1)
+    (finding,) = picture_findings(green, data)
+    assert "pictures have green at +0.5" in finding

@@ -345,3 +345,22 @@ def test_monitor_ends_when_the_terminal_is_gone(tmp_path):
         assert terminal.process.wait(30) >= 0  # of its own accord, not by a signal
     finally:
         terminal.process.kill()
+
+
+@pytest.mark.parametrize("command", ["status", "monitor"])
+def test_json_says_the_same_to_programs(tmp_path, hold_lock, command):
+    records = [train(100, loss=0.5), train(200, loss=0.25), validation(200, 0.3)]
+    hold_lock(write_run(tmp_path, records=records))
+    done = run_script(command, "--json", "--root", tmp_path, PATH=str(tmp_path))
+    content = json.loads(done.stdout)
+    (run,) = content["runs"]
+    assert (run["mode"], run["state"], run["total_steps"]) == ("full", "running", 5000)
+    assert run["last_train"]["loss"] == 0.25 and run["last_validation"]["loss"] == 0.3
+    assert run["noise_levels"] == ["too early"] * 4
+    assert run["seconds_left"] == 4800  # a step took a second
+    assert run["checkpoints"] == [] and run["last_sample"] is None
+    assert ("gpus" in content) == (command == "monitor")
+
+
+def test_json_without_a_run(tmp_path):
+    assert json.loads(run_script("status", "--json", "--root", tmp_path).stdout) == {"runs": []}
