@@ -36,7 +36,7 @@ EVALUATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,PICTURES,--pictures) \
   $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
 CLEAN_FLAGS = $(if $(filter 1 yes true,$(CONFIRM)),--yes)
 
-.PHONY: help install demo data train overfit test quick-test generate evaluate status monitor \
+.PHONY: help install demo data train overfit test quick-test report generate evaluate status monitor \
   doctor gpu-status bench check clean clean-all clean-cuda check-python
 
 help:  ## This list
@@ -71,6 +71,9 @@ test: overfit  ## The same as overfit (the test suite is: make check)
 
 quick-test: $(ENVIRONMENT)  ## Two epochs of overfit: a smoke run of everything
 	@$(PYTHON) train_model.py --quick-test $(TRAIN_FLAGS)
+
+report: $(ENVIRONMENT)  ## One page with everything about the newest run, or the run in RUN=folder
+	@$(PYTHON) report.py $(call flag,RUN,) $(ARGS)
 
 generate: $(ENVIRONMENT)  ## Pictures and a labelled grid from the newest usable checkpoint
 	@$(PYTHON) generate_samples.py $(GENERATE_FLAGS)

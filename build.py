@@ -1,6 +1,9 @@
 """From a config to its parts: device, precision, network, schedule, sampler."""
 
 import os
+import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -38,6 +41,16 @@ def choose_device(config: Config):
             "`--device cpu` works anywhere"
         ) from error
     return device
+
+
+def machine_name(device: torch.device) -> str:
+    """The hardware and the versions that a figure depends on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        name = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def switched_on(choice: str, device: torch.device) -> bool:

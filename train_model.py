@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import config as settings
-from build import choose_device, precision_name
+from build import choose_device, machine_name, precision_name
 from cifar10 import DataError
 from command_line import (
     Parser,
@@ -35,6 +35,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.training_engine import TrainingDiverged
 from config import Config, ConfigError
 from data import load_splits
+from report import write_report
 from training_monitor import (
     RUN_DIRECTORIES,
     RunInUse,
@@ -227,30 +228,36 @@ def main() -> int:
     again = [word for word in sys.argv[1:] if word != "--fresh"]
     command = shlex.join([sys.executable, "train_model.py", *again])
     with TrainingMonitor(
-        folder, mode=config.mode, device=str(device), total_steps=engine.total_steps,
-        steps_per_epoch=run.batches.steps_per_epoch, command=command,
+        folder, mode=config.mode, device=str(device), machine=machine_name(device),
+        total_steps=engine.total_steps, steps_per_epoch=run.batches.steps_per_epoch,
+        command=command,
     ) as monitor:  # fmt: skip
         if saved is None:
             clear_away(args.mode, folder)
         say(describe(run, device))
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
-            say(f"continuing at step {engine.step}{changes(config, saved_config)}")
+            say(f"continuing at step {engine.step}{changes(run.config, saved_config)}")
         require_space(folder, run.checkpoint_bytes())
-        monitor.begin(engine.step, settings.to_dict(config))
-        if config.mode in ("overfit", "quick-test"):
-            run.draw_originals(monitor)
-        with stopping_on_signals(engine) as received:
-            complete = run.fit(monitor)
-        if not complete:
-            hint = "it starts anew next time" if args.mode == "quick-test" else (
-                f"the same command without --fresh continues: {command}")  # fmt: skip
-            say(f"stopped and saved at step {engine.step}; {hint}")
-            return 128 + received[0] if received else TIME_LIMIT_STATUS
-        if config.mode == "overfit":
-            return 0 if run.verdict() else 1
-    say(f"finished; pictures: {monitor.samples}/; next: make generate")
-    return 0
+        status = session(run, monitor)
+    if status not in (0, 1):  # interrupted
+        hint = "it starts anew next time" if args.mode == "quick-test" else (
+            f"the same command without --fresh continues: {command}")  # fmt: skip
+        say(f"stopped and saved at step {engine.step}; {hint}")
+    say(f"report: {write_report(folder)}; make generate draws from this run")
+    return status
+
+
+def session(run: Run, monitor: TrainingMonitor) -> int:
+    """Train to the end or a signal; returns the exit status, 1 for a verdict that fails."""
+    monitor.begin(run.engine.step, settings.to_dict(run.config))
+    if run.config.mode in ("overfit", "quick-test"):
+        run.draw_originals(monitor)
+    with stopping_on_signals(run.engine) as received:
+        complete = run.fit(monitor)
+    if not complete:
+        return 128 + received[0] if received else TIME_LIMIT_STATUS
+    return 0 if run.config.mode != "overfit" or run.verdict() else 1
 
 
 if __name__ == "__main__":

@@ -102,14 +102,15 @@ class TrainingMonitor:
     Use as a context manager. Raises RunInUse if another live process owns the directory.
     """
 
-    def __init__(self, folder: Path, *, mode: str, device: str, total_steps: int,
+    def __init__(self, folder: Path, *, mode: str, device: str, machine: str, total_steps: int,
                  steps_per_epoch: int, command: str):  # fmt: skip
         self.folder = Path(folder)
         self.samples = self.folder / "samples"
         self.facts = {
             "mode": mode, "pid": os.getpid(), "host": socket.gethostname(), "started": time.time(),
-            "device": device, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch,
-            "state": "running", "ended": None, "command": command,
+            "device": device, "machine": machine, "total_steps": total_steps,
+            "steps_per_epoch": steps_per_epoch, "state": "running", "ended": None,
+            "command": command,
         }  # fmt: skip
         self.bar = None
 

@@ -14,8 +14,8 @@ import training_monitor
 from run_status import find_runs, format_status
 from training_monitor import RunInUse, TrainingMonitor, read_metrics
 
-FACTS = {"mode": "demo", "device": "cpu", "total_steps": 100, "steps_per_epoch": 10,
-         "command": "python train_model.py --demo"}  # fmt: skip
+FACTS = {"mode": "demo", "device": "cpu", "machine": "test", "total_steps": 100,
+         "steps_per_epoch": 10, "command": "python train_model.py --demo"}  # fmt: skip
 RECORD = {"loss": 0.5, "loss_quarters": [0.1, None, 0.3, 0.4], "grad_norm": 1.0,
           "learning_rate": 1e-3, "images_per_second": 9.0, "images_seen": 4}  # fmt: skip
 

@@ -1,0 +1,172 @@
+"""report.html: complete, self-contained, safe against what is in the files, and alive."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import PICTOGRAMS
+from PIL import Image
+
+import report
+import train_model
+from report import MOST_GRIDS, grid_files, training_hours, write_report
+
+pytestmark = pytest.mark.usefixtures("own_directory")
+VOID = {"meta", "img", "input"}  # elements without an end
+
+
+class Page(HTMLParser):
+    """Text by section, pictures, and whether every element ends where it should."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.sections, self.pictures, self.current = [], {"": ""}, [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")  # needs no network
+        if tag == "img":
+            self.pictures.append(attributes["alt"])
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "h2":
+            self.current = None
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.current is None:
+            self.current = data
+            self.sections[data] = ""
+        elif self.open and self.open[-1] not in ("style", "script"):
+            self.sections[self.current] += " " + data
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text())
+
+
+@pytest.fixture
+def run(call) -> Path:
+    """A small run that drew two grids."""
+    flags = ["--full", *PICTOGRAMS, "--samples", 4, "--batch-size", 10, "--epochs", 2,
+             "--train.sample_every", 5, "--train.weight_decay", 0.125]  # fmt: skip
+    status, said = call(train_model, *flags)
+    assert status == 0 and "report: checkpoints/report.html" in said
+    return Path("checkpoints")
+
+
+def test_a_run_writes_its_own_page(run):
+    page = Page((run / "report.html").read_text())
+    assert list(page.sections) == [
+        "", "Facts", "Warnings", "Samples through training", "Curves", "Scores", "Commands",
+        "Settings",
+    ]  # fmt: skip
+    facts = page.sections["Facts"]
+    assert "finished" in facts and "8 of 8" in facts and "images seen 80" in facts
+    assert re.search(r"threads, torch [\d.]+.*, Python 3", facts)
+    assert page.pictures == ["step 5", "step 8", "training_curves"]
+    assert "--train.weight_decay 0.125" in page.sections["Commands"]
+    listed = page.sections["Settings"].split()
+    assert listed.index("train.weight_decay") < listed.index("train.learning_rate")
+    assert "train.weight_decay 0.125 instead of 0.01" in page.sections["Settings"]
+    with Image.open(run / "samples.gif") as animation:
+        assert animation.n_frames == 2
+
+
+def test_scores_warnings_and_a_death_are_told(run):
+    (run / "evaluation").mkdir()
+    score = {"step": 8, "sampler": "ddim", "num_inference_steps": 9, "guidance_scale": 2.0, "n": 7,
+             "agreement": 0.25, "frechet_distance": 12.5, "frechet_distance_floor": 0.5,
+             "inception": {"fid": 33.25}}  # fmt: skip
+    (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score) + "\n")
+    warning = {"kind": "warning", "step": 3, "message": "loss <b>jumps</b>"}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(warning) + "\n")
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"state": "running"}))
+    page = page_of(run)
+    assert "8 ddim, 9 steps 2.0 7 25.0% 12.5 (held-out 0.5) 33.25" in page.sections["Scores"]
+    assert "step 3 loss <b>jumps</b>" in page.sections["Warnings"]  # as text, not as an element
+    assert "state died" in page.sections["Facts"]
+
+
+def test_an_empty_or_damaged_run_still_has_a_page(tmp_path):
+    folder = tmp_path / "<b>bold"
+    folder.mkdir()
+    (folder / "run.json").write_text("{")
+    page = page_of(folder)
+    assert "<b>bold" in page.sections[""]
+    assert "No grid" in page.sections["Samples through training"]
+    assert "config.json is missing" in page.sections["Settings"]
+    (folder / "config.json").write_text(json.dumps({"mode": "full", "model": {"of": "old"}}))
+    assert "model.of old" in page_of(folder).sections["Settings"]
+
+
+def test_many_grids_are_thinned_out_evenly(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for step in range(0, 1000, 10):
+        (tmp_path / "samples" / f"step_{step:08d}_ema.png").touch()
+    steps = [step for step, _ in grid_files(tmp_path)]
+    assert len(steps) == MOST_GRIDS and steps[0] == 0 and steps[-1] == 990
+    gaps = [b - a for a, b in zip(steps, steps[1:])]
+    assert max(gaps) - min(gaps) <= 10
+
+
+def test_time_in_training_is_images_over_speed():
+    train = [{"images_seen": 3600, "images_per_second": 1.0},
+             {"images_seen": 10_800, "images_per_second": 4.0}]  # fmt: skip
+    assert training_hours(train) == pytest.approx(1.5)
+
+
+def test_the_script_takes_the_newest_run_or_says_what_is_missing(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    assert report.main() == 0 and "report: checkpoints/report.html" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["report.py", "nowhere"])
+    with pytest.raises(SystemExit, match="nowhere holds no run"):
+        report.main()
+
+
+BROWSER = """
+import sys
+from PyQt6.QtCore import QTimer, QUrl
+from PyQt6.QtWebEngineWidgets import QWebEngineView
+from PyQt6.QtWidgets import QApplication
+application = QApplication(sys.argv)
+view = QWebEngineView()
+script = '''(() => {
+const slider = document.getElementById("step");
+const shown = () => [...document.querySelectorAll("#grids img")].filter(i => !i.hidden)
+  .map(i => [i.alt, i.naturalWidth > 0]);
+const last = shown();
+slider.value = 0;
+slider.dispatchEvent(new Event("input"));
+return JSON.stringify([last, shown(), document.getElementById("shown").textContent]);
+})()'''
+def ask(loaded):
+    view.page().runJavaScript(script, lambda answer: (print("answer", answer), application.quit()))
+view.loadFinished.connect(ask)
+view.load(QUrl.fromLocalFile(sys.argv[1]))
+view.show()
+QTimer.singleShot(60000, application.quit)
+application.exec()
+"""
+
+
+def test_the_slider_works_in_a_real_browser(run, monkeypatch):
+    """Chromium, as Qt ships it: pip install PyQt6-WebEngine."""
+    pytest.importorskip("PyQt6.QtWebEngineWidgets", exc_type=ImportError)
+    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
+    monkeypatch.setenv("QTWEBENGINE_CHROMIUM_FLAGS", "--no-sandbox --disable-gpu")
+    path = str((run / "report.html").resolve())
+    done = subprocess.run([sys.executable, "-c", BROWSER, path], capture_output=True, text=True)
+    (answer,) = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer ")]
+    assert json.loads(answer) == [[["step 8", True]], [["step 5", True]], "step 5"]
