@@ -244,7 +244,7 @@ def main() -> int:
         hint = "it starts anew next time" if args.mode == "quick-test" else (
             f"the same command without --fresh continues: {command}")  # fmt: skip
         say(f"stopped and saved at step {engine.step}; {hint}")
-    say(f"report: {write_report(folder)}; make generate draws from this run")
+    say(f"report: {write_report(folder)}; next: make generate")
     return status
 
 
