@@ -105,7 +105,7 @@ clean:  ## Remove runs and generated pictures, listing them first (CONFIRM=yes: 
 clean-all:  ## The same, prepared data, caches and .venv
 	@$(BASE_PYTHON) clean.py all $(CLEAN_FLAGS)
 
-clean-cuda:  ## Show who holds GPU memory, clear compile and kernel caches
+clean-cuda:  ## Show who holds GPU memory, end our own leftovers after asking, clear GPU caches
 	@$(BASE_PYTHON) clean.py cuda $(CLEAN_FLAGS)
 
 .venv/bin/python:

@@ -1,9 +1,10 @@
 """Measure training and sampling of the default model on this machine (`make bench`).
 
-Every part is timed in turns with what it is compared to, so that the ratios hold on a machine whose
-speed drifts. --peer adds other networks for the same task, where their packages are installed;
---sizes adds the cost by image size; on CUDA the batch size and each optimisation follow by
-themselves. Everything measured also lands in a JSON file.
+Networks and image sizes are timed in turns, so that the ratios hold on a machine whose speed
+drifts; what would disturb each other (loaders, whole batches on a GPU) one after the other. --peer
+adds other networks for the same task, where their packages are installed; --sizes adds the cost by
+image size; on CUDA the batch size and each optimisation follow by themselves. Everything measured
+also lands in a JSON file.
 """
 
 import multiprocessing
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -36,11 +38,11 @@ from build import (
 from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_count
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine
 from conditional_diffusion.sampler import autocast
-from config import CLASS_NAMES, Config, ConfigError
+from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches
 from peers import PEERS
 from training_monitor import to_uint8, write_json
-from training_run import peak_memory_gib
+from training_run import compile_training, peak_memory_gib
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 BURN_IN = 2  # calls of each that are not counted
@@ -122,7 +124,8 @@ def random_batch(images: int, size: int, device) -> tuple[torch.Tensor, torch.Te
 def forward_flops(model: nn.Module, size: int, device) -> float:
     """Of one image, multiplications and additions apart, as torch counts them."""
     x_t, labels = random_batch(1, size, device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The counter does not know the fused attention of a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(x_t, labels, labels)
     return counter.get_total_flops()
 
@@ -135,15 +138,18 @@ def matmul_peak(device: torch.device, dtype: torch.dtype | None) -> float:
     return 2 * size**3 / min(times)
 
 
-def engine_for(model: nn.Module, config: Config, device: torch.device) -> TrainingEngine:
-    """The product's training step around any network of our signature."""
+def engine_for(
+    model: nn.Module, config: Config, device: torch.device, images: int
+) -> TrainingEngine:
+    """The product's training step around any network of our signature, for so many images."""
     scheduler = CosineNoiseScheduler(image_size=config.data.image_size).to(device)
     engine = TrainingEngine(
         model, scheduler, total_steps=10**6, learning_rate=1e-4,
         autocast_dtype=training_dtype(config, device),
     )  # fmt: skip
     if switched_on(config.train.compile, device):
-        engine.network = torch.compile(model)
+        torch.compiler.reset()  # or one batch size after another would be compiled as "any size"
+        compile_training(engine, random_batch(images, config.data.image_size, device))
     return engine
 
 
@@ -221,7 +227,9 @@ def compare_networks(report: Report, config: Config, networks: dict[str, nn.Modu
         {name: partial(sample_step, model, batch, dtypes[1]) for name, model in networks.items()},
         rounds, device,
     )  # fmt: skip
-    engines = {name: engine_for(model, config, device) for name, model in networks.items()}
+    engines = {
+        name: engine_for(model, config, device, images) for name, model in networks.items()
+    }
     training = time_in_turns(
         {name: partial(engine.train_step, *batch) for name, engine in engines.items()},
         rounds, device,
@@ -240,7 +248,7 @@ def peak_of_a_step(connection, config: Config, name: str) -> None:
     """In a process of its own, whose peak no other work has raised."""
     device = choose_device(config)
     batch = random_batch(MEMORY_BATCH, config.data.image_size, device)
-    engine = engine_for(new_network(name, config, device), config, device)
+    engine = engine_for(new_network(name, config, device), config, device, MEMORY_BATCH)
     before = peak_memory_gib(device)
     for _ in range(2):
         engine.train_step(*batch)
@@ -253,8 +261,14 @@ def compare_memory(report: Report, config: Config, names: list[str]) -> None:
         ours, theirs = context.Pipe()
         process = context.Process(target=peak_of_a_step, args=(theirs, config, name))
         process.start()
-        before, peak = ours.recv()
-        process.join()
+        theirs.close()
+        try:
+            before, peak = ours.recv()
+        except EOFError:
+            print(f"memory of {name}: not measured, the process ended before it was done")
+            continue
+        finally:
+            process.join()
         report.note(f"memory, batch {MEMORY_BATCH}", name, peak_GiB=peak, before_GiB=before)
 
 
@@ -266,8 +280,8 @@ def compare_sizes(report: Report, config: Config, rounds: int, device: torch.dev
         sized = replace(config, data=replace(config.data, image_size=size))
         model, _ = build_model(sized, device)
         flops[size] = forward_flops(model, size, device)
-        engines[size] = engine_for(model, sized, device)
         batches[size] = random_batch(max(1, pixels // size**2), size, device)
+        engines[size] = engine_for(model, sized, device, len(batches[size][0]))
     times = time_in_turns(
         {size: partial(engines[size].train_step, *batches[size]) for size in IMAGE_SIZES},
         rounds, device,
@@ -290,7 +304,7 @@ def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.d
         changed = settings.apply_overrides(config, changes)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        engine = engine_for(build_model(changed, device)[0], changed, device)
+        engine = engine_for(build_model(changed, device)[0], changed, device, images)
         flops = 3 * images * forward_flops(engine.model, size, device)
         batch = random_batch(images, size, device)
         work = {name: partial(engine.train_step, *batch)}
@@ -313,7 +327,10 @@ def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.d
 def new_network(name: str, config: Config, device: torch.device) -> nn.Module:
     if name == "ours":
         return build_model(config, device)[0]
-    return PEERS[name](config.data.image_size).to(device)
+    network = PEERS[name](config.data.image_size).to(device)
+    if switched_on(config.train.channels_last, device):
+        network = network.to(memory_format=torch.channels_last)
+    return network
 
 
 @contextmanager
@@ -344,6 +361,8 @@ def main() -> int:
     device = choose_device(settings.apply_overrides(settings.full(), overrides))
     overrides.setdefault("train.batch_size", "4" if device.type == "cpu" else "128")
     config = settings.apply_overrides(settings.full(), overrides)
+    if config.train.batch_size == AUTO_BATCH:
+        raise ConfigError("the batch size of a benchmark must be a number, not auto")
     on_cuda = device.type == "cuda"
     report = Report({
         "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",

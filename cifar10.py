@@ -240,7 +240,11 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(".unfinished")
     with open(folder.with_name(".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # if another process is at it, wait and take its work
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("data: another process is preparing pictures here; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "info.json").exists():
             return folder
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed

@@ -111,7 +111,8 @@ def clean_cuda(*, ask: bool) -> int:
     print(table or "no process is shown")
     pids = {int(line.split(",")[0]) for line in table.splitlines() if line.split(",")[0].isdigit()}
     for pid in sorted(filter(is_leftover, pids)):
-        print(f"process {pid} is a leftover of this repository: its parent has ended")
+        print(f"process {pid} is a script of this repository whose parent has ended: a leftover, "
+              "unless you put it into the background")  # fmt: skip
         if not ask or (sys.stdin.isatty() and confirmed("end it?")):
             end(pid)
             print(f"ended process {pid}")

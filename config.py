@@ -168,8 +168,8 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, data order, noise and sample grids")
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     precision: str = option(
-        "auto", "auto (on CUDA bf16, or fp16 with loss scaling where a GPU lacks it), fp32, bf16, "
-        "fp16"
+        "auto", "auto (on CUDA bf16, or fp16 with loss scaling, if the GPU is fast at it), fp32, "
+        "bf16, fp16"
     )  # fmt: skip
     channels_last: str = option("auto", "memory layout of the network: auto (on CUDA), true, false")
     compile: str = option(

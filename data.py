@@ -145,7 +145,8 @@ class TrainingBatches:
     def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
         # non_blocking, because a plain copy waits for everything that the GPU has still to do.
         images = self.images[index.to(self.images.device, non_blocking=True)]
-        images = images.to(self.device, non_blocking=True)
+        if images.device != self.device:
+            images = images.pin_memory().to(self.device, non_blocking=True)
         if self.data.horizontal_flip:  # before they are enlarged, while they are small
             # A third seed component keeps flips and epoch orders apart.
             mirrored = np.random.default_rng((self.seed, step, 1)).random(len(index)) < 0.5

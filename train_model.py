@@ -80,6 +80,8 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     preset = settings.PRESETS[mode]()
     if saved is None:
         return settings.apply_overrides(preset, overrides)
+    if overrides.get("train.batch_size") == "auto":  # was chosen when the run began
+        overrides = {k: v for k, v in overrides.items() if k != "train.batch_size"}
     # These two belong to a session on a machine, not to the run.
     session = {"train.device": preset.train.device, "train.max_hours": preset.train.max_hours}
     config = settings.apply_overrides(saved, session | overrides)

@@ -12,7 +12,7 @@ from torch import Tensor
 import config as settings
 from build import build_model, build_sampler, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
-from conditional_diffusion.memory import fitting_batch_size
+from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config
 from data import Split, TrainingBatches, to_x_start
@@ -58,6 +58,20 @@ def peak_memory_gib(device) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
+def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
+    """Compile the training step, or say why not: a run must not depend on a compiler."""
+    try:
+        engine.network = torch.compile(engine.model)
+        engine.rehearse(*batch)
+    except OutOfMemory:
+        raise
+    except Exception as error:  # whatever a compiler and its tools may raise
+        engine.network = engine.model
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        say(f"torch.compile does not work here ({reason[0][:200]}); training goes on without it, "
+            "--train.compile false does so at once")  # fmt: skip
+
+
 class Run:
     """One training run: its parts, and the periodic actions that connect them."""
 
@@ -70,9 +84,10 @@ class Run:
         saved: dict | None,
     ):
         self.model, self.scheduler = build_model(config, device)
+        self.folder, self.splits, self.device = folder, splits, device
         if config.train.batch_size == AUTO_BATCH:
             config = self.with_fitting_batch(config, device)
-        self.config, self.folder, self.splits, self.device = config, folder, splits, device
+        self.config = config
         train = config.train
         self.batches = TrainingBatches(
             splits["train"], config.data, train.batch_size, train.seed, device
@@ -97,8 +112,10 @@ class Run:
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
         self.reported_skips = self.engine.skipped_steps
-        past = read_metrics(folder) if saved is not None else []
-        self.loss_watch = LossWatch(r["loss"] for r in past if r["kind"] == "train")
+        self.loss_watch = LossWatch(
+            record["loss"] for record in read_metrics(folder)
+            if record["kind"] == "train" and record["step"] <= self.engine.step
+        )  # fmt: skip
         self.validation = self.spread_images(splits["test"], train.validation_images)
 
     def with_fitting_batch(self, config: Config, device: torch.device) -> Config:
@@ -112,21 +129,11 @@ class Run:
                 self.model(x_t, labels, labels).float().sum().backward()
             self.model.zero_grad()
 
+        images = len(self.splits["train"]) * config.data.repeats
         fitting = fitting_batch_size(trial, size**2, device, LARGEST_TRAINING_BATCH)
-        batch_size = max(1, fitting - fitting % 8 if fitting >= 8 else fitting)
-        say(f"batch size {batch_size}: as many images as a training step can take here")
+        batch_size = min(images, fitting - fitting % 8 if fitting >= 8 else fitting)
+        say(f"batch size {batch_size}, chosen for this device")
         return replace(config, train=replace(config.train, batch_size=batch_size))
-
-    def compile_model(self) -> None:
-        """Compile the training step, or say why not: a run must not depend on a compiler."""
-        self.engine.network = torch.compile(self.model)
-        try:
-            self.engine.rehearse(*next(self.batches.starting_at(self.engine.step)))
-        except Exception as error:  # whatever a compiler and its tools may raise
-            self.engine.network = self.model
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            say(f"torch.compile does not work here ({reason[0][:200]}); training goes on without "
-                "it, --train.compile false does so at once")  # fmt: skip
 
     def spread_images(self, split: Split, most: int) -> tuple[Tensor, Tensor]:
         """(x_start, labels) of at most so many images, evenly over a split sorted by class."""
@@ -148,7 +155,9 @@ class Run:
     def log(self, monitor: TrainingMonitor) -> None:
         metrics = self.engine.take_metrics()
         step, loss = self.engine.step, metrics["loss"]
-        if metrics["skipped_steps"] > self.reported_skips:
+        # Loss scaling skips steps by design, to find its scale.
+        scaling = self.engine.scaler.is_enabled()
+        if metrics["skipped_steps"] > self.reported_skips and not scaling:
             self.reported_skips = metrics["skipped_steps"]
             monitor.warn(step, f"{self.reported_skips} batches so far were skipped because loss or "
                          "gradient was not finite")  # fmt: skip
@@ -235,8 +244,8 @@ class Run:
 
         if self.lacks_grid():
             self.draw(monitor)
-        if switched_on(train.compile, self.device):
-            self.compile_model()
+        if switched_on(train.compile, self.device) and engine.step < engine.total_steps:
+            compile_training(engine, next(self.batches.starting_at(engine.step)))
         try:
             complete = engine.fit(
                 self.batches.starting_at(engine.step),

@@ -42,8 +42,8 @@ def keep_freed_memory() -> None:
     By default glibc maps every large tensor anew, page by page: a tenth of a CPU's training step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+    # Older versions refuse more than 32 MiB; without the first setting the second would do harm.
+    if mallopt and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

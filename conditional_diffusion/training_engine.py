@@ -168,6 +168,7 @@ class TrainingEngine:
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
+        self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
         self._reset_sums()
 
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
@@ -178,15 +179,7 @@ class TrainingEngine:
         other; on CUDA not before the next take_metrics, which is the first to look.
         """
         batch_size = len(x_start)
-        while True:
-            try:
-                losses, timesteps = self._compute_gradients(x_start, class_labels)
-                break
-            except MEMORY_ERRORS as error:
-                reraise_unless_out_of_memory(error)
-            # Out here nothing holds on to the memory of the attempt any more.
-            self.optimizer.zero_grad()
-            self._split_further(batch_size)
+        losses, timesteps = self._compute_gradients_in_parts(x_start, class_labels)
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         finite = torch.isfinite(grad_norm)  # a loss that is not finite makes the norm so too
@@ -203,17 +196,32 @@ class TrainingEngine:
         self._update_average(batch_size)
         self._skipped += ~finite
         self._skipped_in_a_row.add_(1).mul_(~finite)
+        self._most_in_a_row.copy_(torch.maximum(self._most_in_a_row, self._skipped_in_a_row))
         self._add_to_sums(losses, timesteps, grad_norm, finite)
         if self.device.type != "cuda":
             self._check_budget()
 
     @torch.no_grad()
     def _update_average(self, batch_size: int) -> None:
+        """One step of the average; after a skipped one it moves towards the unchanged weights."""
         decay = 0.0 if self.step == 1 else ema_decay(
             batch_size, self.images_seen, self.ema_halflife_images, self.ema_rampup_ratio
         )  # fmt: skip
         averaged, current = list(self.ema_model.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def _compute_gradients_in_parts(
+        self, x_start: Tensor, class_labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """_compute_gradients, in more parts where memory runs out."""
+        while True:
+            try:
+                return self._compute_gradients(x_start, class_labels)
+            except MEMORY_ERRORS as error:
+                reraise_unless_out_of_memory(error)
+            # Out here nothing holds on to the memory of the attempt any more.
+            self.optimizer.zero_grad()
+            self._split_further(len(x_start))
 
     def _compute_gradients(self, x_start: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the weighted mean loss; returns (losses (B,), timesteps (B,)).
@@ -248,8 +256,10 @@ class TrainingEngine:
 
     def rehearse(self, x_start: Tensor, class_labels: Tensor) -> None:
         """Forward and backward as in the next step, without taking it."""
-        self._compute_gradients(x_start, class_labels)
-        self.optimizer.zero_grad()
+        try:
+            self._compute_gradients_in_parts(x_start, class_labels)
+        finally:
+            self.optimizer.zero_grad()
 
     def _split_further(self, batch_size: int) -> None:
         """After running out of memory: twice as many parts per batch, for the rest of the run."""
@@ -272,7 +282,9 @@ class TrainingEngine:
     def _check_budget(self) -> None:
         # Loss scaling begins too high on purpose and halves the scale at every such step.
         budget = self.max_skipped_steps + (FP16_HALVINGS if self.scaler.is_enabled() else 0)
-        if self._skipped_in_a_row <= budget:
+        most_in_a_row = int(self._most_in_a_row)
+        self._most_in_a_row.zero_()  # the count in a row goes on
+        if most_in_a_row <= budget:
             return
         precision = "float32" if self.autocast_dtype is None else str(self.autocast_dtype)
         raise TrainingDiverged(
@@ -312,9 +324,12 @@ class TrainingEngine:
 
         The loss is None if every step since was skipped. Raises TrainingDiverged, see train_step.
         Speed counts training steps alone; data_wait is the share of it spent waiting for batches.
-        Reading the sums waits for the device, so they are read on logging steps only.
+        Reading the sums waits for the device, so they are read on logging steps only; that wait
+        belongs to the steps.
         """
+        began = time.perf_counter()
         self._check_budget()
+        self._seconds += time.perf_counter() - began
         losses, counts = self._losses.tolist(), self._counts.tolist()
         metrics = {
             "step": self.step,
@@ -393,6 +408,7 @@ class TrainingEngine:
             "ema": self.ema_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": int(self._skipped_in_a_row),
             "scaler": self.scaler.state_dict(),
             # So that the record a resumed run writes next equals that of an uninterrupted one.
             "sums": {name: getattr(self, name) for name in SUMS},
@@ -409,8 +425,15 @@ class TrainingEngine:
         ]
         saved_state = state["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": saved_state, "param_groups": groups})
+        # The fused kernel pairs numbers by their place in memory, and the saved ones may lie in
+        # another layout than this process's weights.
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         self.step, self.images_seen = state["step"], state["images_seen"]
         self._skipped.fill_(state["skipped_steps"])
+        self._skipped_in_a_row.fill_(state["skipped_in_a_row"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name, value in state["sums"].items():

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS
+from conftest import TINY_FLAGS, assert_one_sentence
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmark import forward_flops, time_in_turns
+from config import full
 from peers import Predecessor
 
 
@@ -33,10 +34,30 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     assert found["memory, batch 16", "ours"]["peak_GiB"] > 0.1
     share = found["data", "share of a training step"]["share"]
     assert share == pytest.approx(
-        found["data", "ours"]["seconds_per_image"] / step["seconds_per_image"], rel=0.5
+        found["data", "ours"]["seconds_per_image"] / step["seconds_per_image"]
     )
     assert {name for what, name in found if what == "training step"} == {"ours", "16x16", "32x32"}
     assert multiprocessing.active_children() == []
+
+
+def die(connection, config, name):
+    raise SystemExit(9)
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_process_that_dies_leaves_the_rest_of_the_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "peak_of_a_step", die)
+    report = benchmark.Report({})
+    benchmark.compare_memory(report, full(), ["ours"])
+    assert report.content["measurements"] == []
+    assert "memory of ours: not measured" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_batch_size_has_to_be_a_number(call):
+    status, said = call(benchmark, "--device", "cpu", "--batch-size", "auto")
+    assert status == 1
+    assert_one_sentence(said, "must be a number, not auto")
 
 
 def test_calls_take_turns_and_the_first_ones_do_not_count():

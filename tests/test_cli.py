@@ -18,9 +18,11 @@ from PIL import Image
 import generate_samples
 import prepare_data
 import train_model
+import training_run
 from conditional_diffusion.checkpoint import load_newest
 from config import CLASS_NAMES
 from data import TrainingBatches
+from health import LossWatch
 from training_monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -155,14 +157,37 @@ def test_compiled_network_takes_the_training_steps_and_no_others(call, monkeypat
     assert calls == 3 * [(True, 10)]  # the rehearsal and two steps
 
 
-def test_batch_size_auto_is_what_fits_and_is_remembered(call):
+def test_batch_size_auto_is_what_fits_and_is_remembered(call, monkeypatch):
     arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1]
     status, said = call(train_model, *arguments, "--batch-size", "auto")
     assert status == 0
-    batch_size = int(re.search(r"batch size (\d+): as many", said)[1])
-    assert batch_size > 0 and batch_size % 8 == 0
+    batch_size = int(re.search(r"batch size (\d+), chosen for this device", said)[1])
+    assert batch_size == 20  # all images there are
     state = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
     assert state["config"]["train"]["batch_size"] == batch_size
+    assert json.loads(Path("checkpoints/config.json").read_text()) == state["config"]
+
+    # A continued run keeps it, whatever would fit now.
+    monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: 1)
+    status, said = call(train_model, *arguments, "--batch-size", "auto", "--epochs", 2)
+    assert status == 0 and f"batch {batch_size}, " in said and "chosen" not in said
+    state = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
+    assert state["config"]["train"]["batch_size"] == batch_size
+
+
+def test_losses_past_the_checkpoint_do_not_count_twice(call, monkeypatch):
+    """A killed run has written records that come again when it continues."""
+    arguments = ["--full", *PICTOGRAMS, "--samples", 4, "--batch-size", 10, "--train.log_every", 1]
+    call(train_model, *arguments, "--epochs", 1)
+    lines = Path("checkpoints/metrics.jsonl").read_text().splitlines()
+    later = [json.loads(line) | {"step": 99, "loss": 77.0} for line in lines]
+    with open("checkpoints/metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in later)
+    seen = []
+    watch = LossWatch()
+    monkeypatch.setattr(training_run, "LossWatch", lambda losses: seen.extend(losses) or watch)
+    assert call(train_model, *arguments, "--epochs", 2)[0] == 0
+    assert len(seen) == 4 and max(seen) < 77
 
 
 def test_batches_that_diverge_are_skipped_with_a_warning_in_the_records(call, monkeypatch):

@@ -1,5 +1,6 @@
 """The training engine: its formulas, what one step does, and exact resume."""
 
+import copy
 import io
 import math
 
@@ -284,7 +285,7 @@ def test_bfloat16_autocast_trains_float32_weights(schedule, awake_model):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("good_steps", [0, 2])
-def test_divergence_is_raised_and_nothing_has_moved(schedule, tiny_model, poison, good_steps):
+def test_divergence_is_raised_and_no_weight_has_moved(schedule, tiny_model, poison, good_steps):
     def trained():
         engine = engine_for(tiny_model(dropout=0.2), schedule(), warmup_steps=3)
         for _ in range(good_steps):
@@ -356,10 +357,76 @@ def test_loss_scaling_trains_in_float16_and_finds_its_scale(schedule, awake_mode
     found, wanted = engine.take_metrics(), exact.take_metrics()
     assert found["loss"] == pytest.approx(wanted["loss"], rel=0.01)  # float16 has 11 bits
     assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.05)
-    assert engine.state_dict()["scaler"]["scale"] == 2.0**10
-    other = engine_for(awake_model(1), schedule(), autocast_dtype=torch.float16)
-    other.load_state_dict(engine.state_dict())
-    assert other.scaler.get_scale() == 2.0**10
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("before, after", [(True, False), (False, True)])
+def test_a_run_continues_in_another_memory_layout(schedule, awake_model, dtype, before, after):
+    """As one that goes on in the layout it had, to rounding: fused kernels go by memory."""
+
+    def engine(channels_last: bool):
+        model = awake_model()
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return engine_for(model, schedule(), learning_rate=0.01, autocast_dtype=dtype)
+
+    first = engine(before)
+    for _ in range(3):
+        first.train_step(*images(4))
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    results = []
+    for channels_last in (before, after):
+        saved.seek(0)
+        continued = engine(channels_last)
+        continued.load_state_dict(torch.load(saved, weights_only=True))
+        assert continued.scaler.state_dict() == first.scaler.state_dict()
+        for _ in range(2):
+            continued.train_step(*images(4))
+        results.append(continued.model.state_dict())
+    first.train_step(*images(4))
+    first.train_step(*images(4))
+    assert_identical(results[0], first.model.state_dict())
+    if dtype is None:  # Adam makes much of what float16 rounds
+        for name, value in results[0].items():
+            assert_close(results[1][name], value, rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_restart_does_not_renew_the_budget_of_skipped_steps(schedule, tiny_model):
+    engine = engine_for(tiny_model(), schedule(), max_skipped_steps=2)
+    x_start, labels = images(4)
+    for _ in range(2):
+        engine.train_step(x_start * math.nan, labels)
+    continued = engine_for(tiny_model(), schedule(), max_skipped_steps=2)
+    continued.load_state_dict(engine.state_dict())
+    with pytest.raises(TrainingDiverged, match="after 3 skipped steps"):
+        continued.train_step(x_start * math.nan, labels)
+
+
+def test_a_rehearsal_leaves_no_trace_but_the_number_of_parts(schedule, awake_model):
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    plain = engine_for(awake_model(), schedule())
+    rehearsed = engine_for(out_of_memory_above(awake_model(), 3, error), schedule())
+    before = copy.deepcopy(rehearsed.state_dict())
+    rehearsed.rehearse(*images(10))
+    assert_identical(rehearsed.state_dict(), before)
+    assert rehearsed.micro_batches == 4
+    calls = []
+
+    def fails_late(x_t, timesteps, class_labels):
+        calls.append(len(x_t))
+        if len(calls) == 3:
+            raise RuntimeError("a compiler")
+        return rehearsed.model(x_t, timesteps, class_labels)
+
+    rehearsed.network = fails_late
+    with pytest.raises(RuntimeError, match="a compiler"):
+        rehearsed.rehearse(*images(10))
+    rehearsed.network = rehearsed.model
+    plain.micro_batches = 4
+    for engine in (plain, rehearsed):
+        engine.train_step(*images(10))
+    assert_identical(rehearsed.model.state_dict(), plain.model.state_dict())
 
 
 def out_of_memory_above(model, largest: int, error: Exception):
