@@ -21,6 +21,7 @@ NO_RUN = "No training run yet: type `make demo` for a small one or `make train`.
 UNKNOWN = {"state": "unknown: run.json is missing or damaged", "device": "unknown device",
            "started": 0, "ended": None, "total_steps": 0, "steps_per_epoch": 1}  # fmt: skip
 REFRESH_SECONDS = 2
+WARNED = 0.8  # of the steps so far: warnings from then on are shown
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -154,8 +155,10 @@ def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]
     sample = f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else "none yet"
     files = [f"{name:<24}{size / 2**20:8.1f} MiB   {duration(now - modified)} ago"
              for modified, name, size in run.checkpoints[-checkpoints:]]  # fmt: skip
-    warning = run.warnings[-1] if run.warnings else None
-    cautions = textwrap.wrap(f"step {warning['step']}: {warning['message']}", 66) if warning else []
+    step = run.train[-1]["step"] if run.train else 0
+    lately = [w for w in run.warnings if w["step"] >= WARNED * step][-1:]  # the rest is history
+    sentence = "".join(f"step {w['step']}: {w['message']}" for w in lately)
+    cautions = textwrap.wrap(sentence, 66)
     return [
         ("state", state_text(run, now)),
         *zip(["warning", *[""] * len(cautions)], cautions),
@@ -218,8 +221,8 @@ def curve_rows(run: Run, now: float, room: int) -> list[tuple[str, str]]:
         ("done", f"[{bar}] {share:.1%}"),
         ("last metrics", f"{duration(now - last['time'])} ago"),
         ("loss curve", sparkline([record["loss"] for record in run.train], room)),
-        ("by noise", f"{'  '.join(quarters)}  (least to most noise)"),
-        ("", "  ".join(quarter_words(run.train))),
+        ("by noise", "".join(f"{text:<12}" for text in quarters) + "(least to most noise)"),
+        ("", "".join(f"{word:<12}" for word in quarter_words(run.train)).rstrip()),
     ]
 
 

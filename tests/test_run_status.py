@@ -256,7 +256,8 @@ def test_monitor_screen(tmp_path, hold_lock):
     screen = "\n".join(lines)
     bar = re.search(r"done         \[(█+)(▁+)\] 50.0%\n", screen)
     assert len(bar[1]) == len(bar[2])
-    assert "by noise     0.1  0.05  n/a  0.01  (least to most noise)" in screen
+    assert "by noise     0.1         0.05        n/a         0.01        (least to most" in screen
+    assert "\n             too early   too early   too early   too early\n" in screen
     assert "last metrics 5 s ago" in screen
     curve = re.search(r"loss curve   (\S+)", screen)[1]
     assert curve[0] == "█" and curve[-1] == "▁" and len(curve) == 25
@@ -364,3 +365,11 @@ def test_json_says_the_same_to_programs(tmp_path, hold_lock, command):
 
 def test_json_without_a_run(tmp_path):
     assert json.loads(run_script("status", "--json", "--root", tmp_path).stdout) == {"runs": []}
+
+
+def test_a_warning_is_shown_while_it_is_news(tmp_path):
+    warning = {"kind": "warning", "step": 90, "epoch": 1.8, "message": "loss 9", "time": NOW}
+    write_run(tmp_path, records=[train(80), warning, train(100)])
+    assert "\n  warning      step 90: loss 9\n" in status_of(tmp_path)
+    write_run(tmp_path, records=[train(80), warning, train(200)])
+    assert "warning" not in status_of(tmp_path)
