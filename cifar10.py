@@ -33,6 +33,7 @@ SPLITS = ("train", "test")
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
               zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
 EXIF_ORIENTATION = 0x0112
+CIFAR_CLASSES = 10
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 TEST_NAMES = ("test", "val", "valid", "validation")
 REPOSITORY_DATA = Path("data")
@@ -231,6 +232,11 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
     """The folder of checked uint8 arrays for `data`, made now unless it is there already."""
     source = find_source(data.data_dir) or download(REPOSITORY_DATA)
     archive = published_archive(source)
+    if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
+        raise DataError(
+            f"{archive} holds the {CIFAR_CLASSES} classes of CIFAR-10, but CLASS_NAMES in "
+            f"config.py lists {len(CLASS_NAMES)}; point DATA_DIR to pictures of those"
+        )
     pictures = [] if archive else list_pictures(source)
     folder = REPOSITORY_DATA / "prepared" / fingerprint(archive or source, pictures, data)
     if (folder / "info.json").exists():
@@ -267,7 +273,7 @@ def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
     digest = hashlib.sha256()
     stat = source.stat()
     archive = [] if pictures else [stat.st_size, stat.st_mtime]
-    settings = [data.image_size, data.skip_unreadable, PREPARED_VERSION]
+    settings = [data.image_size, data.skip_unreadable, PREPARED_VERSION, CLASS_NAMES]
     digest.update(json.dumps([str(source.resolve()), archive, settings]).encode())
     for picture in pictures:
         digest.update(os.fsencode(f"{picture.name}\0{picture.size}\0{picture.changed}\n"))

@@ -113,10 +113,11 @@ def validation_findings(train: Sequence[dict], validation: Sequence[dict]) -> li
 def picture_findings(images, data) -> list[str]:
     """What samples (N, 3, H, W) in [-1, 1] show beside data (M, 3, H, W): flatness, a tint."""
     found = []
-    if flat := int((images.flatten(2).std(2).mean(1) < FLAT).sum()):
+    flat, flat_data = (x.flatten(2).std(2).mean(1) < FLAT for x in (images, data))
+    if flat.float().mean() > flat_data.float().mean():
         found.append(
-            f"{flat} of {len(images)} pictures are of a single colour; if that lasts, try "
-            "train.precision fp32 and sample.precision fp32"
+            f"{int(flat.sum())} of {len(images)} pictures are of a single colour; if that lasts, "
+            "try train.precision fp32 and sample.precision fp32"
         )
     means = [x.mean((0, 2, 3)).tolist() for x in (images, data)]
     for colour, ours, theirs in zip(COLOURS, *means):

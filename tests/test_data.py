@@ -525,3 +525,28 @@ def test_real_cifar10():
     torch.testing.assert_close(
         means, torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64), rtol=0, atol=1e-4
     )
+
+
+def test_other_classes_need_pictures_of_their_own(tmp_path, published, monkeypatch):
+    """Changing CLASS_NAMES is all that other classes take; what shows CIFAR's ten is refused."""
+    names = ("apple", "pear", "plum")
+    for module in (cifar10, data):
+        monkeypatch.setattr(module, "CLASS_NAMES", names)
+    monkeypatch.setattr(cifar10, "LABELS", {name: label for label, name in enumerate(names)})
+    files = {f"{name}/{n}.png": png((n, 9, 9)) for name in names for n in range(11)}
+    splits, _ = load(data_dir=str(write_tree(tmp_path / "fruit", files)))
+    assert splits["train"].labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    with pytest.raises(DataError, match="10 classes of CIFAR-10, but CLASS_NAMES .* lists 3"):
+        load(data_dir=str(published[0]))
+    with pytest.raises(DataError, match="pictograms show 10 classes, but CLASS_NAMES"):
+        load(dataset="pictograms")
+
+
+def test_the_same_folder_is_prepared_anew_for_other_classes(tmp_path, monkeypatch):
+    source = write_tree(tmp_path / "pictures", class_tree())
+    load(data_dir=str(source))
+    monkeypatch.setattr(cifar10, "CLASS_NAMES", tuple(reversed(CLASS_NAMES)))
+    monkeypatch.setattr(cifar10, "LABELS", {n: 9 - label for n, label in cifar10.LABELS.items()})
+    splits, said = load(data_dir=str(source))
+    assert any("preparing" in line for line in said)
+    assert splits["train"].images[0, 0, 3, 4] == 180  # of class 9 before
