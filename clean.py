@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from gpu_status import format_processes, query_processes
 from training_monitor import RUN_DIRECTORIES, RunInUse, refuse_second_run
 
 RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[0-9]*",
@@ -102,14 +102,9 @@ def end(pid: int) -> None:
 
 def clean_cuda(*, ask: bool) -> int:
     """Show who holds GPU memory, end our own leftovers, remove kernel and compile caches."""
-    query = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv"]
-    try:
-        table = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        print("no NVIDIA driver answers, so no process holds GPU memory that could be shown")
-        table = ""
-    print(table or "no process is shown")
-    pids = {int(line.split(",")[0]) for line in table.splitlines() if line.split(",")[0].isdigit()}
+    processes = query_processes()
+    print(format_processes(processes) or "the NVIDIA driver shows no process on a GPU")
+    pids = {int(pid) for pid, _, _ in processes}
     for pid in sorted(filter(is_leftover, pids)):
         print(f"process {pid} is a script of this repository whose parent has ended: a leftover, "
               "unless you put it into the background")  # fmt: skip

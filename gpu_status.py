@@ -8,9 +8,11 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 QUERY = "index,name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
+PROCESS_QUERY = "pid,process_name,used_memory"
 NOT_INSTALLED = "nvidia-smi, and so the NVIDIA driver, is not installed"
 
 
@@ -25,6 +27,7 @@ class Facts:
     torch_version: str = ""
     torch_cuda: str | None = None  # None: a build without CUDA
     devices: tuple[str, ...] = ()
+    processes: Sequence[list[str]] = ()  # of query_processes
     problem: str = ""  # what torch said when it failed to load or to compute on cuda:0
 
 
@@ -50,6 +53,21 @@ def query_gpus() -> list[list[str]] | str:
     output, problem = nvidia_smi(f"--query-gpu={QUERY}", "--format=csv,noheader,nounits")
     gpus = [line.split(", ") for line in output.splitlines() if line.count(", ") == 6]
     return gpus or f"No NVIDIA GPU found: {problem or first_line(output) or 'none is listed'}"
+
+
+def query_processes() -> list[list[str]]:
+    """[pid, name, MiB] of every process that computes on a GPU, as far as the driver tells."""
+    output, _ = nvidia_smi(f"--query-compute-apps={PROCESS_QUERY}", "--format=csv,noheader,nounits")
+    processes = [line.split(", ") for line in output.splitlines()]
+    return [fields for fields in processes if len(fields) == 3 and fields[0].isdigit()]
+
+
+def format_processes(processes: Sequence[list[str]]) -> str:
+    """One line per process, below 80 columns."""
+    return "\n".join(
+        f"process {pid:>8} {name[-45:]:<45} {figure(used, '.1f', 1024):>6} GiB"
+        for pid, name, used in processes
+    )
 
 
 def figure(text: str, form: str, unit: int = 1) -> str:
@@ -100,7 +118,8 @@ def gather_facts() -> Facts:
     driver = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", header)
     cuda = re.search(r"CUDA (?:UMD )?Version: *([\d.]+)", header)
     return Facts(query_gpus(), driver[1] if driver else "", cuda[1] if cuda else "",
-                 os.environ.get("CUDA_VISIBLE_DEVICES"), **torch_facts())  # fmt: skip
+                 os.environ.get("CUDA_VISIBLE_DEVICES"), processes=query_processes(),
+                 **torch_facts())  # fmt: skip
 
 
 def replace_torch(cuda: str) -> str:
@@ -156,7 +175,9 @@ def format_facts(facts: Facts) -> str:
     sentence, *commands = diagnose(facts)[1].split("\n")
     diagnosis = textwrap.fill(f"Diagnosis: {sentence}", 79, break_on_hyphens=False)
     lines = [f"{label:<22}{text}" for label, text in rows]
-    return "\n".join([*lines, format_gpus(facts.gpus), "", diagnosis, *commands])
+    processes = format_processes(facts.processes)
+    gpus = format_gpus(facts.gpus) + (f"\n{processes}" if processes else "")
+    return "\n".join([*lines, gpus, "", diagnosis, *commands])
 
 
 def main() -> int:

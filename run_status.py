@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_status import format_gpus, query_gpus
+from gpu_status import format_gpus, format_processes, query_gpus, query_processes
 from health import quarter_words
 from training_monitor import RUN_DIRECTORIES, read_metrics
 
@@ -226,8 +226,11 @@ def curve_rows(run: Run, now: float, room: int) -> list[tuple[str, str]]:
     ]
 
 
-def format_monitor(runs: list[Run], gpus: list | str, now: float, width: int, height: int) -> list:
-    """The lines of one screen: the run that is alive, else the newest, and the GPUs."""
+def format_monitor(
+    runs: list[Run], gpus: list | str, now: float, width: int, height: int,
+    processes: list[list[str]] = (),
+) -> list[str]:  # fmt: skip
+    """The lines of one screen: the run that is alive, else the newest, GPUs and their processes."""
     width -= 1  # the last column would wrap
     run = max(runs, key=lambda r: (r.facts["state"] == "running", r.last_sign), default=None)
     title = f"{run.mode} run in {run.folder}" if run else "Waiting for a training run"
@@ -236,7 +239,7 @@ def format_monitor(runs: list[Run], gpus: list | str, now: float, width: int, he
     if run and run.train:
         rows += curve_rows(run, now, room=max(8, width - 25))
     lines += [f"{label:<13}{text}" for label, text in rows] or [NO_RUN]
-    lines += ["", *format_gpus(gpus).split("\n")]
+    lines += ["", *format_gpus(gpus).split("\n"), *format_processes(processes).splitlines()]
     if len(lines) > height:
         lines[height - 1 :] = [f"... {len(lines) - height + 1} more lines in a taller window"]
     return [line[:width] for line in lines]
@@ -246,11 +249,11 @@ def monitor(root: Path) -> None:
     """Draw the screen again and again until q is typed."""
     import curses  # here, because some builds of Python lack it
 
-    gpus = ["GPU: asking nvidia-smi ..."]
+    shown = {"gpus": "GPU: asking nvidia-smi ...", "processes": []}
 
     def poll_gpus() -> None:  # beside the screen: nvidia-smi can take seconds
         while True:
-            gpus[0] = query_gpus()
+            shown.update(gpus=query_gpus(), processes=query_processes())
             time.sleep(REFRESH_SECONDS)
 
     def draw(window) -> None:
@@ -262,7 +265,9 @@ def monitor(root: Path) -> None:
         while sys.stdin.isatty():  # not once the terminal is gone
             height, width = window.getmaxyx()
             window.erase()
-            screen = format_monitor(find_runs(root), gpus[0], time.time(), width, height)
+            screen = format_monitor(
+                find_runs(root), shown["gpus"], time.time(), width, height, shown["processes"]
+            )
             for row, line in enumerate(screen):
                 window.addstr(row, 0, line.encode(window.encoding, "replace"))
             if window.getch() in (ord("q"), ord("Q"), 3):  # 3: Ctrl-C
@@ -288,12 +293,13 @@ def main() -> None:
     if args.json:
         content = {"runs": as_json(find_runs(args.root))}
         if args.command == "monitor":
-            content["gpus"] = query_gpus()
+            content |= {"gpus": query_gpus(), "processes": query_processes()}
         print(json.dumps(content, indent=1))
     elif args.command == "status":
         print(format_status(find_runs(args.root), time.time()))
     elif args.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        print(*format_monitor(find_runs(args.root), query_gpus(), time.time(), 80, 99), sep="\n")
+        runs, processes = find_runs(args.root), query_processes()
+        print(*format_monitor(runs, query_gpus(), time.time(), 80, 99, processes), sep="\n")
     else:
         monitor(args.root)
 

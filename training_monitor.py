@@ -21,7 +21,7 @@ RUN_DIRECTORIES = {
     "demo": Path("checkpoints_demo"),
     "quick-test": Path("checkpoints_overfit/quick-test"),
 }  # in the order in which `make generate` looks for a checkpoint
-LINE_SECONDS = 10  # between progress lines where the output is not a terminal
+LINE_SECONDS = 60  # between progress lines where the output is not a terminal
 FRAME_MILLISECONDS = 100  # of an animation
 SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
 
@@ -147,6 +147,8 @@ class TrainingMonitor:
         unfinished = path.with_name("metrics.jsonl.tmp")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(unfinished, path)
+        if step > 0:
+            self.append("resume", step=step)
         self.bar = tqdm(
             total=self.facts["total_steps"], initial=step, unit="step", disable=None,
             dynamic_ncols=True, smoothing=0.1,
@@ -290,6 +292,7 @@ def draw_curves(records: list[dict], path: Path) -> None:
     train = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]
     steps = [record["step"] for record in train]
+    resumed = any(record["kind"] == "resume" for record in records)
     figure = Figure(figsize=(15, 8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = dict(zip(
@@ -310,12 +313,20 @@ def draw_curves(records: list[dict], path: Path) -> None:
         known = [(step, loss) for step, loss in known if loss is not None]
         values = smoothed([loss for _, loss in known], 0.8)
         panels["loss by noise level"].plot([step for step, _ in known], values, label=name)
-    for panel, key in (("learning rate", "learning_rate"), ("gradient norm", "grad_norm"),
-                       ("images per second", "images_per_second")):  # fmt: skip
-        panels[panel].plot(steps, [record[key] for record in train])
+    panels["learning rate"].plot(steps, [record["learning_rate"] for record in train])
+    for panel, key in (("gradient norm", "grad_norm"), ("images per second", "images_per_second")):
+        values = [record[key] for record in train]
+        panels[panel].plot(steps, values, color="tab:blue", alpha=0.3)
+        panels[panel].plot(steps, smoothed(values), color="tab:blue")
+    # A line alone, in a panel without data, would leave a logarithmic axis without limits.
+    filled = [axes for axes in panels.values() if any(len(line.get_xdata()) for line in axes.lines)]
+    for record in records:
+        if record["kind"] == "resume":
+            for axes in filled:
+                axes.axvline(record["step"], color="grey", linestyle=":", linewidth=1)
 
     for name, axes in panels.items():
-        axes.set(title=name, xlabel="step")
+        axes.set(title=name, xlabel="step (dotted: continued)" if resumed else "step")
         axes.grid(alpha=0.3)
         if name in ("loss", "validation loss", "loss by noise level", "gradient norm"):
             axes.set_yscale("log")

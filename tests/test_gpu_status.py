@@ -173,3 +173,25 @@ def test_json_says_the_same_to_programs(fake_smi, tmp_path):
     assert gpu["name"] == "NVIDIA A100-SXM4-40GB" and gpu["power.draw"] == "[Not Supported]"
     assert content["driver"] == "610.43.02" and content["torch_version"] == "2.14.1"
     assert content["diagnosis"] == "Training will use the GPU, cuda:0."
+
+
+def test_processes_on_the_gpu(fake_smi, tmp_path):
+    script = fake_smi(ONE_GPU)
+    listed = ("4711, /home/someone/with/a/long/path/to/an/environment/.venv/bin/python, 12595\n"
+              "4712, [Not Found], [N/A]\nNo running processes found\n")  # fmt: skip
+    (tmp_path / "bin" / "processes").write_text(listed)
+    case = f'case "$1" in --query-compute-apps=*) cat {tmp_path}/bin/processes; exit;; esac\n'
+    script.write_text(script.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{case}"))
+    processes = gpu_status.query_processes()
+    assert [pid for pid, _, _ in processes] == ["4711", "4712"]
+    first, second = gpu_status.format_processes(processes).split("\n")
+    assert first.startswith("process     4711 ") and first.endswith(".venv/bin/python   12.3 GiB")
+    assert "[Not Found]" in second and second.endswith("   n/a GiB")
+    assert max(len(first), len(second)) < 80
+    done = run_with_torch(tmp_path, FAKE_TORCH.format(problem=""))
+    assert "\nprocess     4711 " in done.stdout
+
+
+def test_no_process_where_nvidia_smi_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_status.query_processes() == []

@@ -204,10 +204,10 @@ def test_clean_cuda_ends_own_leftovers_and_nothing_else(copy, orphan, tmp_path, 
     with subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)", "train_model.py"], cwd=copy
     ) as child:  # ours by its name, but its parent waits for it
-        listed = "\\n".join(f"{pid}, python, 9 MiB" for pid in (ours, foreign, live, child.pid))
+        listed = "\\n".join(f"{pid}, python, 9" for pid in (ours, foreign, live, child.pid))
         smi = tmp_path / "bin" / "nvidia-smi"
         smi.parent.mkdir()
-        smi.write_text(f"#!/bin/sh\nprintf 'pid, process_name, used\\n{listed}\\n'")
+        smi.write_text(f"#!/bin/sh\nprintf '{listed}\\n'")
         smi.chmod(0o755)
         monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
         monkeypatch.setenv("HOME", str(tmp_path))  # whose caches it may clear

@@ -373,3 +373,10 @@ def test_a_warning_is_shown_while_it_is_news(tmp_path):
     assert "\n  warning      step 90: loss 9\n" in status_of(tmp_path)
     write_run(tmp_path, records=[train(80), warning, train(200)])
     assert "warning" not in status_of(tmp_path)
+
+
+def test_monitor_lists_who_is_on_the_gpu(tmp_path):
+    write_run(tmp_path, records=[train(100)])
+    runs, processes = run_status.find_runs(tmp_path), [["4711", "python", "12595"]]
+    lines = run_status.format_monitor(runs, [GPU], NOW, 80, 30, processes)
+    assert lines[-1].startswith("process     4711 python")

@@ -33,7 +33,8 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
         monitor.record("train", step=3, **RECORD)
         monitor.end("finished")
     records = read_metrics(tmp_path)
-    assert [(r["kind"], r["step"]) for r in records] == [("train", 1), ("train", 2), ("train", 3)]
+    expected = [("train", 1), ("train", 2), ("resume", 2), ("train", 3)]
+    assert [(r["kind"], r["step"]) for r in records] == expected
     assert records[0]["epoch"] == 0.1
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
 
@@ -116,3 +117,14 @@ def test_a_warning_is_said_recorded_and_shown_by_status(tmp_path, capsys):
     (record,) = read_metrics(folder)
     assert (record["kind"], record["step"]) == ("warning", 3)
     assert "  warning      step 3: loss 9 is 4.0 times" in format_status(find_runs(tmp_path), 0.0)
+
+
+def test_curves_mark_where_a_run_was_continued(tmp_path):
+    train = [{"kind": "train", "step": s, **RECORD} for s in range(1, 30)]
+    training_monitor.draw_curves(train, tmp_path / "whole.png")
+    training_monitor.draw_curves([*train, {"kind": "resume", "step": 9}], tmp_path / "broken.png")
+    whole, broken = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"), dtype=int)
+                     for name in ("whole", "broken"))  # fmt: skip
+    # A dotted line makes columns that differ over most of a panel's height; the label only a few.
+    rows = (abs(whole - broken) > 20).sum(0)
+    assert (rows > 0.2 * whole.shape[0]).sum() >= 3  # one in each column of panels
