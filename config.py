@@ -300,7 +300,7 @@ def overfit() -> Config:
         train=TrainConfig(
             epochs=50, batch_size=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0,
             class_dropout_prob=0.0, log_every=10, validate_every=100, validation_images=20,
-            sample_every=100, save_every=200,
+            sample_every=100, save_every=200, compile="false",  # it would take longer than the run
         ),
         sample=SampleConfig(num_inference_steps=25, grid_steps=20, guidance_scale=1.0),
     )  # fmt: skip
@@ -328,7 +328,7 @@ def demo() -> Config:
         train=TrainConfig(
             epochs=4, batch_size=16, learning_rate=1e-3, warmup_steps=50, weight_decay=0.0,
             class_dropout_prob=0.0, validate_every=300, validation_images=200, sample_every=600,
-            save_every=600,
+            save_every=600, compile="false",
         ),
         sample=SampleConfig(num_inference_steps=25, grid_steps=25, guidance_scale=1.0),
     )  # fmt: skip

@@ -20,6 +20,7 @@ def test_overrides_win_over_the_preset_and_leave_the_rest():
     config = settings.apply_overrides(settings.overfit(), {"train.epochs": "7"})
     assert config.train.epochs == 7
     assert config.train.batch_size == settings.overfit().train.batch_size
+    assert config.train.compile == settings.demo().train.compile == "false"
     assert config.data == settings.overfit().data
 
 
