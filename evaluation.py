@@ -144,7 +144,7 @@ def draw_confusion(confusion: Tensor, path: Path) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     ticks = range(len(CLASS_NAMES))
     axes.set_xticks(ticks, CLASS_NAMES, rotation=45, ha="right")
     axes.set_yticks(ticks, CLASS_NAMES)
