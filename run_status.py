@@ -221,7 +221,7 @@ def curve_rows(run: Run, now: float, room: int) -> list[tuple[str, str]]:
         ("done", f"[{bar}] {share:.1%}"),
         ("last metrics", f"{duration(now - last['time'])} ago"),
         ("loss curve", sparkline([record["loss"] for record in run.train], room)),
-        ("by noise", "".join(f"{text:<12}" for text in quarters) + "(least to most noise)"),
+        ("by noise", "".join(f"{text:<12}" for text in quarters) + "(least first)"),
         ("", "".join(f"{word:<12}" for word in quarter_words(run.train)).rstrip()),
     ]
 

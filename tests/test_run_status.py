@@ -256,7 +256,7 @@ def test_monitor_screen(tmp_path, hold_lock):
     screen = "\n".join(lines)
     bar = re.search(r"done         \[(█+)(▁+)\] 50.0%\n", screen)
     assert len(bar[1]) == len(bar[2])
-    assert "by noise     0.1         0.05        n/a         0.01        (least to most" in screen
+    assert "by noise     0.1         0.05        n/a         0.01        (least first)" in screen
     assert "\n             too early   too early   too early   too early\n" in screen
     assert "last metrics 5 s ago" in screen
     curve = re.search(r"loss curve   (\S+)", screen)[1]
