@@ -15,7 +15,13 @@ from pathlib import Path
 import config as settings
 from health import quarter_words
 from run_status import read_facts
-from training_monitor import RUN_DIRECTORIES, read_metrics, sample_path, save_animation
+from training_monitor import (
+    RUN_DIRECTORIES,
+    read_metrics,
+    read_records,
+    sample_path,
+    save_animation,
+)
 
 MOST_GRIDS = 24  # shown of all that were drawn, evenly through the run
 GRID_WIDTH = 1000  # pixels at most, as JPEG: the page stays a few megabytes
@@ -154,12 +160,11 @@ def grids_section(grids: list[tuple[int, Path]]) -> str:
 
 
 def scores_section(folder: Path) -> str:
-    path = folder / "evaluation" / "scores.jsonl"
-    if not path.exists():
+    records = read_records(folder / "evaluation" / "scores.jsonl")
+    if not records:
         return "<p>Not evaluated yet: <code>make evaluate</code></p>"
     rows = [("step", "sampler", "guidance", "n", "agreement", "Frechet distance", "FID")]
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in records:
         agreement = record.get("agreement")
         distance, floor = (record.get(f"frechet_distance{end}") for end in ("", "_floor"))
         rows.append((

@@ -33,7 +33,7 @@ from conditional_diffusion.checkpoint import (
 )
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.training_engine import TrainingDiverged
-from config import Config, ConfigError
+from config import AUTO_BATCH, Config, ConfigError
 from data import load_splits
 from report import write_report
 from training_monitor import (
@@ -80,7 +80,8 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     preset = settings.PRESETS[mode]()
     if saved is None:
         return settings.apply_overrides(preset, overrides)
-    if overrides.get("train.batch_size") == "auto":  # was chosen when the run began
+    if str(overrides.get("train.batch_size")) in ("auto", str(AUTO_BATCH)):
+        # It was chosen when the run began.
         overrides = {k: v for k, v in overrides.items() if k != "train.batch_size"}
     # These two belong to a session on a machine, not to the run.
     session = {"train.device": preset.train.device, "train.max_hours": preset.train.max_hours}

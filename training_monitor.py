@@ -52,9 +52,8 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(unfinished, path)
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl; a last line cut short by a killed run is left out."""
-    path = Path(folder) / "metrics.jsonl"
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSON Lines file; a last line cut short by a killed process is left out."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -62,6 +61,11 @@ def read_metrics(folder: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl."""
+    return read_records(Path(folder) / "metrics.jsonl")
 
 
 def acquire_lock(folder: Path) -> TextIO:

@@ -169,8 +169,9 @@ def test_batch_size_auto_is_what_fits_and_is_remembered(call, monkeypatch):
 
     # A continued run keeps it, whatever would fit now.
     monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: 1)
-    status, said = call(train_model, *arguments, "--batch-size", "auto", "--epochs", 2)
-    assert status == 0 and f"batch {batch_size}, " in said and "chosen" not in said
+    for epochs, auto in ((2, "auto"), (3, 0)):
+        status, said = call(train_model, *arguments, "--batch-size", auto, "--epochs", epochs)
+        assert status == 0 and f"batch {batch_size}, " in said and "chosen" not in said
     state = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
     assert state["config"]["train"]["batch_size"] == batch_size
 

@@ -87,7 +87,7 @@ def test_scores_warnings_and_a_death_are_told(run):
     score = {"step": 8, "sampler": "ddim", "num_inference_steps": 9, "guidance_scale": 2.0, "n": 7,
              "agreement": 0.25, "frechet_distance": 12.5, "frechet_distance_floor": 0.5,
              "inception": {"fid": 33.25}}  # fmt: skip
-    (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score) + "\n")
+    (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score) + '\n{"step": 8, "sam')
     warning = {"kind": "warning", "step": 3, "message": "loss <b>jumps</b>"}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(warning) + "\n")
