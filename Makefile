@@ -20,6 +20,9 @@ endif
 
 # Variables become flags; a value may hold spaces. ARGS= hands on anything else.
 flag = $(if $(value $(1)),$(2) '$(subst ','\'',$(value $(1)))')
+LAUNCH = $(PYTHON) $(if $(GPUS)$(NODES),launch.py $(call flag,GPUS,--gpus) \
+  $(call flag,NODES,--nodes) $(call flag,NODE_RANK,--node-rank) \
+  $(call flag,RENDEZVOUS,--rendezvous) $(call flag,RESTARTS,--restarts))
 TRAIN_FLAGS = $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
   $(call flag,EPOCHS,--epochs) $(call flag,BATCH_SIZE,--batch-size) $(call flag,SEED,--seed) \
   $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(if $(filter 1 yes true,$(FRESH)),--fresh) $(ARGS)
@@ -46,6 +49,7 @@ help:  ## This list
 	@echo "variables: DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES SEED CLASSES SAMPLER STEPS GUIDANCE"
 	@echo "           OUTPUT GRID=1 (no single pictures) TRAJECTORY=1 (noise to picture, animated)"
 	@echo "           PICTURES=folder SWEEP=1,2,3 (of evaluate)"
+	@echo "           GPUS NODES NODE_RANK RENDEZVOUS RESTARTS (several GPUs or machines)"
 	@echo "           CHECKPOINT DEVICE FRESH=1 CONFIRM=yes PYTHON (use this interpreter as it is)"
 	@echo "           ARGS='--train.learning_rate 3e-4' (any setting; python train_model.py --help)"
 
@@ -62,24 +66,24 @@ data: $(ENVIRONMENT)  ## Find or download CIFAR-10 and prepare it
 	@$(PYTHON) prepare_data.py $(call flag,DATA_DIR,--data-dir) $(ARGS)
 
 train: $(ENVIRONMENT)  ## Full training; continues the run that is there
-	@$(PYTHON) train_model.py --full $(TRAIN_FLAGS)
+	@$(LAUNCH) train_model.py --full $(TRAIN_FLAGS)
 
 overfit: $(ENVIRONMENT)  ## Memorise SAMPLES images per class (1), with a pass/fail verdict
-	@$(PYTHON) train_model.py --overfit $(TRAIN_FLAGS)
+	@$(LAUNCH) train_model.py --overfit $(TRAIN_FLAGS)
 
 test: overfit  ## The same as overfit (the test suite is: make check)
 
 quick-test: $(ENVIRONMENT)  ## Two epochs of overfit: a smoke run of everything
-	@$(PYTHON) train_model.py --quick-test $(TRAIN_FLAGS)
+	@$(LAUNCH) train_model.py --quick-test $(TRAIN_FLAGS)
 
 report: $(ENVIRONMENT)  ## One page with everything about the newest run, or the run in RUN=folder
 	@$(PYTHON) report.py $(call flag,RUN,) $(ARGS)
 
 generate: $(ENVIRONMENT)  ## Pictures and a labelled grid from the newest usable checkpoint
-	@$(PYTHON) generate_samples.py $(GENERATE_FLAGS)
+	@$(LAUNCH) generate_samples.py $(GENERATE_FLAGS)
 
 evaluate: $(EVALUATION_ENVIRONMENT)  ## Scores of a checkpoint's samples, or of PICTURES=folder
-	@$(PYTHON) evaluate_samples.py $(EVALUATE_FLAGS)
+	@$(LAUNCH) evaluate_samples.py $(EVALUATE_FLAGS)
 
 status:  ## Training state and the checkpoints that exist
 	@$(BASE_PYTHON) run_status.py status $(ARGS)

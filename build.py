@@ -9,15 +9,17 @@ import torch
 
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, UNet
 from conditional_diffusion.memory import keep_freed_memory
+from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_CAPABILITY = (7, 0)  # of GPUs whose tensor cores make fp16 faster
 
 
-def choose_device(config: Config):
+def choose_device(config: Config, processes: Processes | None = None):
     """The torch device of train.device; ConfigError where it is not to be had.
 
+    Several processes take one GPU each.
     With train.deterministic torch is told so as well: it has to be before the device is used.
     """
     if config.train.deterministic:
@@ -29,6 +31,8 @@ def choose_device(config: Config):
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes and processes.several and name != "cpu":
+        name = own_gpu(name, processes)
     if name == "cpu":
         keep_freed_memory()
     try:
@@ -41,6 +45,18 @@ def choose_device(config: Config):
             "`--device cpu` works anywhere"
         ) from error
     return device
+
+
+def own_gpu(name: str, processes: Processes) -> str:
+    """The GPU of one of several processes, by its number on its machine."""
+    gpus = torch.cuda.device_count()
+    if name != "cuda":
+        raise ConfigError(f"several processes cannot share {name}; leave --device out, and choose "
+                          "GPUs with CUDA_VISIBLE_DEVICES")  # fmt: skip
+    if processes.local_rank >= gpus:
+        raise ConfigError(f"this machine has {gpus} GPUs for more processes than that; start fewer "
+                          "(make: GPUS=), or use --device cpu")  # fmt: skip
+    return f"cuda:{processes.local_rank}"
 
 
 def machine_name(device: torch.device) -> str:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import config as settings
 from config import CLASS_NAMES, ConfigError
@@ -23,6 +24,11 @@ SAMPLING_FLAGS = {
     "--guidance": "sample.guidance_scale",
     "--batch-size": "sample.batch_size",
 }
+
+# Environment variables that launch.py sets for the processes it starts.
+STATUS_FILE = "TRAINING_STATUS_FILE"  # where they leave a status they agree on
+COMMAND = "TRAINING_COMMAND"  # what continues their run
+LOST_STATUS = 76  # of a process that ends because another one did; a protocol error in sysexits.h
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,20 +131,63 @@ def parse_seed(text: str, count: int) -> int:
     return seed
 
 
+def join_processes():
+    """The processes of this call; only the one that leads goes on to speak."""
+    from conditional_diffusion import processes
+
+    joined = processes.join()
+    if not joined.leads:
+        sys.stdout = open(os.devnull, "w")
+    return joined
+
+
 def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception], ...]) -> None:
     """Call main and exit; a user's mistake becomes one sentence on stderr and status 1."""
+    status = status_of(main, user_errors)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # At once: a thread of torch.distributed that lets go of a tensor while the interpreter is
+        # being taken down would abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception], ...]) -> int:
+    """What main returns, or 1 after a user's mistake.
+
+    A status that main returns is one that all processes agree on: where launch.py started them, it
+    is left for it in a file, because to torchrun every other status than 0 is a failure.
+    """
     try:
-        sys.exit(main())
+        status = main() or 0
+        if "torch.distributed" in sys.modules:
+            from conditional_diffusion.processes import leave
+
+            leave()
     except user_errors as error:
-        sys.exit(f"error: {error}")
+        return mistake(error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
-        sys.exit(f"error: {where}{reason}; check the path, its permissions and the disk")
+        return mistake(f"{where}{reason}; check the path, its permissions and the disk")
     except (RuntimeError, MemoryError) as error:
         from conditional_diffusion.memory import reraise_unless_out_of_memory
+        from conditional_diffusion.processes import loss_of_another
 
+        if reason := loss_of_another(error):
+            print(f"lost the other processes: {reason}", file=sys.stderr)
+            return LOST_STATUS
         reraise_unless_out_of_memory(error)
-        sys.exit("error: out of memory; end what else uses the device, or choose smaller settings")
+        return mistake("out of memory; end what else uses the device, or choose smaller settings")
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    if status and os.environ.get(STATUS_FILE):
+        Path(os.environ[STATUS_FILE]).write_text(str(status))
+        return 0
+    return status
+
+
+def mistake(sentence: object) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 1

@@ -118,10 +118,16 @@ class TrainingBatches:
 
     Epoch e visits every image `repeats` times, in an order drawn from (seed, e); its last,
     incomplete batch is left out unless it is the only one. The uint8 images live on the device
-    where they fit into half of its free memory.
+    where they fit into half of its free memory. Of several processes each gets the images of its
+    share of a batch, but all the labels.
+
+    Args:
+        share: the part of range(batch size) that this process works on.
     """
 
-    def __init__(self, split: Split, data: DataConfig, batch_size: int, seed: int, device):
+    def __init__(self, split: Split, data: DataConfig, batch_size: int, seed: int, device,
+                 share: Callable[[int], slice] = slice):  # fmt: skip
+        self.share = share
         self.device, self.seed, self.data = torch.device(device), seed, data
         self.images, self.labels = split.images, split.labels
         if self.device.type == "cuda":
@@ -138,7 +144,7 @@ class TrainingBatches:
         return torch.from_numpy(np.concatenate(rounds))
 
     def starting_at(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of steps step, step + 1, ...: x_start (B, 3, H, W), class_labels (B,)."""
+        """The batches of steps step, step + 1, ...: x_start (b, 3, H, W), class_labels (B,)."""
         while True:
             epoch, first = divmod(step, self.steps_per_epoch)
             order = self.epoch_order(epoch)
@@ -148,14 +154,15 @@ class TrainingBatches:
                 step += 1
 
     def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        share = self.share(len(index))
         # non_blocking, because a plain copy waits for everything that the GPU has still to do.
-        images = self.images[index.to(self.images.device, non_blocking=True)]
+        images = self.images[index[share].to(self.images.device, non_blocking=True)]
         if images.device != self.device:
             images = images.pin_memory().to(self.device, non_blocking=True)
         if self.data.horizontal_flip:  # before they are enlarged, while they are small
             # A third seed component keeps flips and epoch orders apart.
             mirrored = np.random.default_rng((self.seed, step, 1)).random(len(index)) < 0.5
-            mirrored = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
+            mirrored = torch.from_numpy(mirrored[share]).to(self.device, non_blocking=True)
             mirrored = mirrored[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
         x_start = to_x_start(images, self.data.image_size)

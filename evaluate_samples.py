@@ -25,11 +25,13 @@ from command_line import (
     add_config_flags,
     config_overrides,
     exit_with,
+    join_processes,
     parse_count,
     parse_seed,
 )
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
+from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
 from data import Split, load_splits, to_images
 from drawing import Drawing, open_checkpoint
@@ -117,20 +119,26 @@ def parse_scales(text: str) -> list[float]:
         raise ConfigError(f"--sweep must be numbers separated by commas, not {text!r}") from None
 
 
-def draw(drawing: Drawing, per_class: int, seed: int) -> Pictures:
-    """per_class pictures of every class, each from a seed of its own."""
+def draw(drawing: Drawing, per_class: int, seed: int, processes: Processes) -> Pictures | None:
+    """per_class pictures of every class, each from a seed of its own.
+
+    Several processes draw a share each; the one that leads gets all, the others nothing.
+    """
     labels = torch.arange(per_class * len(CLASS_NAMES)) % len(CLASS_NAMES)
-    parts = []
-    with tqdm(total=len(labels), unit="picture", disable=None, leave=False) as bar:
+    parts, share = [], processes.share(len(labels))
+    own = torch.arange(share.start, share.stop)
+    quiet = None if processes.leads else True
+    with tqdm(total=len(own), unit="picture", disable=quiet, leave=False) as bar:
 
         def advance(done, x_t, x_start):
             if done == len(drawing.sampler.timesteps):
                 bar.update(len(x_t))
 
-        for chunk in torch.arange(len(labels)).split(AT_ONCE):
+        for chunk in own.split(AT_ONCE) if len(own) else ():
             seeds = [seed + i for i in chunk.tolist()]
             parts.append(to_images(drawing.draw(labels[chunk], seeds, advance)).cpu())
-    return Pictures(torch.cat(parts), labels)
+    gathered = [part.numpy() for process in processes.gather(parts) for part in process]
+    return Pictures(torch.from_numpy(np.concatenate(gathered)), labels) if gathered else None
 
 
 def report_lines(record: dict) -> list[str]:
@@ -185,17 +193,16 @@ def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -
         return {"missing": str(error)}
 
 
-def open_drawing(args, overrides: dict) -> Drawing:
+def open_drawing(args, overrides: dict, processes: Processes) -> Drawing:
     """The checkpoint to draw from; the quick sampler of its grids unless another is asked for."""
-    path, state = open_checkpoint(args.checkpoint)
+    path, state = processes.from_leader(lambda: open_checkpoint(args.checkpoint))
     config = settings.from_dict(state["config"])
     quick = {"sample.sampler": config.sample.grid_sampler,
              "sample.num_inference_steps": config.sample.grid_steps}  # fmt: skip
     config = settings.apply_overrides(config, quick | overrides)
     batch_size = config.sample.batch_size if "sample.batch_size" in overrides else None
-    return Drawing(
-        path, state, config, choose_device(config), raw=args.raw, batch_size=batch_size
-    )
+    device = choose_device(config, processes)
+    return Drawing(path, state, config, device, raw=args.raw, batch_size=batch_size)
 
 
 class Report:
@@ -241,23 +248,26 @@ def score_folder(args, overrides: dict) -> Path:
 
 def score_checkpoint(args, overrides: dict) -> Path:
     scales = parse_scales(args.sweep) if args.sweep else []
-    drawing = open_drawing(args, overrides)
+    processes = join_processes()
+    drawing = open_drawing(args, overrides, processes)
     config = drawing.config
     per_class = parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
     seed = parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
     output = Path(args.output or drawing.path.parent / "evaluation")
     output.mkdir(parents=True, exist_ok=True)
-    report = Report(args, config, drawing.size, output)
+    report = Report(args, config, drawing.size, output) if processes.leads else None
     for config in configs or [config]:
         drawing.configure(config)
         say(f"scoring {per_class} pictures per class from {drawing}")
-        pictures = draw(drawing, per_class, seed)
+        pictures = draw(drawing, per_class, seed, processes)
+        if report is None:
+            continue
         suffix = f"_guidance_{config.sample.guidance_scale:g}"
         first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
         save_image(labelled_grid(first, CLASS_NAMES), output / f"samples{suffix}.png")
         report.add(pictures, {**drawing.facts(), "seed": seed}, suffix)
-    if len(report.records) > 1:
+    if report is not None and len(report.records) > 1:
         draw_sweep(report.records, output / "guidance_sweep.png")
     return output
 

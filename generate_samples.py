@@ -27,12 +27,14 @@ from command_line import (
     add_config_flags,
     config_overrides,
     exit_with,
+    join_processes,
     parse_classes,
     parse_count,
     parse_seed,
 )
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
+from conditional_diffusion.processes import Processes
 from config import ConfigError
 from drawing import Drawing, open_checkpoint
 from training_monitor import (
@@ -120,7 +122,8 @@ class Album:
     """Puts pictures and the facts of how they were made into a folder.
 
     Single pictures are written as soon as their batch is finished, so that an interruption keeps
-    them.
+    them. Several processes have an album each, for their share of the seeds; the grid and
+    samples.json are the leader's and show all.
 
     Args:
         names, seeds: pictures come seed by seed, each seed in all named classes.
@@ -129,7 +132,11 @@ class Album:
     """
 
     def __init__(self, output: Path, names: list[str], seeds: list[int], timesteps: list[int],
-                 facts: dict, *, single: bool, trajectory: bool):  # fmt: skip
+                 facts: dict, *, single: bool, trajectory: bool,
+                 processes: Processes | None = None):  # fmt: skip
+        self.processes = processes or Processes()
+        self.share = self.processes.share(len(seeds))
+        self.all_seeds, seeds = seeds, seeds[self.share]
         self.output, self.names, self.seeds, self.timesteps = output, names, seeds, timesteps
         self.facts, self.single = facts, single
         self.pictures = [{"class": name, "seed": seed} for seed, name in product(seeds, names)]
@@ -140,7 +147,8 @@ class Album:
         shown = evenly(range(1, len(timesteps) + 1), FRAMES) if trajectory else []
         self.states: dict[int, dict[int, Tensor]] = {done: {} for done in shown}
         self.bar = tqdm(
-            total=len(self.pictures), disable=None, dynamic_ncols=True,
+            total=len(self.pictures), disable=None if self.processes.leads else True,
+            dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]",
         )  # fmt: skip
 
@@ -166,10 +174,16 @@ class Album:
     def finish(self) -> None:
         """Write grid.png, samples.json and, where asked for, the trajectory."""
         self.bar.close()
-        seeds = self.seeds[:GRID_ROWS]
-        images = np.concatenate(self.batches)[: len(seeds) * len(self.names)]
+        shown = max(0, GRID_ROWS - self.share.start) * len(self.names)
+        own = np.concatenate(self.batches)[:shown] if self.batches else None
+        parts = self.processes.gather((own, self.pictures))
+        if not self.processes.leads:
+            return
+        self.pictures = [picture for _, pictures in parts for picture in pictures]
+        seeds = self.all_seeds[:GRID_ROWS]
+        images = np.concatenate([images for images, _ in parts if images is not None])
         grid = labelled_grid(images, self.names, row_names=[f"seed {seed}" for seed in seeds])
-        facts = {**self.facts, "classes": self.names, "seeds": self.seeds}
+        facts = {**self.facts, "classes": self.names, "seeds": self.all_seeds}
         save_image(grid, self.output / "grid.png", as_text({**facts, "seeds": seeds}))
         if self.states:
             self.draw_trajectory({**facts, "seeds": self.seeds[:1]})
@@ -207,7 +221,8 @@ class Album:
 def main() -> int:
     args = parse_arguments()
     seeds = parse_seeds(args.seed, args.samples)
-    path, state = open_checkpoint(args.checkpoint)
+    processes = join_processes()
+    path, state = processes.from_leader(lambda: open_checkpoint(args.checkpoint))
     given = config_overrides(args)
     config = settings.from_dict(state["config"])
     config = settings.apply_overrides(config, {**given, "train.device": args.device})
@@ -215,22 +230,23 @@ def main() -> int:
     classes = list(range(len(class_names)))
     if args.classes is not None:
         classes = parse_classes(args.classes, class_names)
-    device = choose_device(config)
+    device = choose_device(config, processes)
     output = usable_folder(args.output)
 
     batch_size = config.sample.batch_size if "sample.batch_size" in given else None
     drawing = Drawing(path, state, config, device, raw=args.raw, batch_size=batch_size)
-    set_aside(output, class_names)
+    processes.from_leader(lambda: set_aside(output, class_names))
     names = [class_names[index] for index in classes]
     say(f"drawing {len(seeds) * len(names)} pictures from {drawing}")
     album = Album(
         output, names, seeds, drawing.sampler.timesteps, drawing.facts(),
-        single=not args.grid_only, trajectory=args.trajectory,
+        single=not args.grid_only, trajectory=args.trajectory, processes=processes,
     )  # fmt: skip
-    drawing.draw(
-        torch.tensor(classes).repeat(len(seeds)), [seed for seed in seeds for _ in names],
-        album.on_step,
-    )  # fmt: skip
+    if album.seeds:  # there may be fewer than processes
+        drawing.draw(
+            torch.tensor(classes).repeat(len(album.seeds)),
+            [seed for seed in album.seeds for _ in names], album.on_step,
+        )  # fmt: skip
     album.finish()
     animation = f"; animation: {output / 'trajectory.gif'}" if args.trajectory else ""
     say(f"grid: {output / 'grid.png'}; facts: {output / 'samples.json'}{animation}")

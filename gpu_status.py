@@ -1,6 +1,8 @@
 """What the GPUs are doing, and why training does or does not use one (`make gpu-status`)."""
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 QUERY = "index,name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
 PROCESS_QUERY = "pid,process_name,used_memory"
+NVML = "libnvidia-ml.so.1"  # comes with the driver, as nvidia-smi does
 NOT_INSTALLED = "nvidia-smi, and so the NVIDIA driver, is not installed"
 
 
@@ -88,6 +91,40 @@ def format_gpus(gpus: list[list[str]] | str) -> str:
         f"{figure(heat, '.0f'):>4} C {figure(power, '.0f'):>4} W"
         for index, name, load, used, total, heat, power in gpus
     )
+
+
+class EnergyMeter:
+    """What a GPU has consumed between two readings, by the counter in its driver.
+
+    Args:
+        uuid: of the GPU, as torch's device properties give it; None where there is no GPU. With MIG
+            the counter is that of the whole GPU.
+    """
+
+    def __init__(self, uuid: str | None):
+        self.nvml, self.gpu, self.last = None, ctypes.c_void_p(), None
+        if uuid is None:
+            return
+        with contextlib.suppress(OSError, AttributeError):  # no driver, or one too old
+            nvml = ctypes.CDLL(NVML)
+            name, gpu = f"GPU-{uuid}".encode(), ctypes.byref(self.gpu)
+            if nvml.nvmlInit_v2() == 0 and nvml.nvmlDeviceGetHandleByUUID(name, gpu) == 0:
+                self.nvml = nvml
+                self.last = self._joules()
+
+    def _joules(self) -> float | None:
+        """Since the driver was loaded; GPUs before Volta do not count."""
+        counter = ctypes.c_ulonglong()
+        if self.nvml is None or self.nvml.nvmlDeviceGetTotalEnergyConsumption(
+            self.gpu, ctypes.byref(counter)
+        ):
+            return None
+        return counter.value / 1000  # it counts millijoules
+
+    def joules(self) -> float | None:
+        """Since the last call, or the first time since the start; None if not known."""
+        last, self.last = self.last, self._joules()
+        return None if last is None or self.last is None else self.last - last
 
 
 def torch_facts() -> dict:

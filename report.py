@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 
 import config as settings
-from health import quarter_words
-from run_status import read_facts
+from health import quarter_words, verdict
+from run_status import energy_text, read_facts
 from training_monitor import (
     RUN_DIRECTORIES,
     read_metrics,
@@ -113,6 +113,7 @@ def facts_section(folder: Path, run: dict, train: list[dict], validation: list[d
             ("images seen", f"{last['images_seen']:,}"),
             ("time in training steps", f"{training_hours(train):.2f} h"),
             ("speed", f"{last['images_per_second']:.1f} images/s"),
+            ("energy", energy_text(train)),
             ("peak memory", f"{last.get('peak_memory_gib', 0):.1f} GiB"),
             ("training loss", f"{last['loss']:.4g}"),
             ("by noise level", ", ".join(
@@ -121,6 +122,9 @@ def facts_section(folder: Path, run: dict, train: list[dict], validation: list[d
              + ", from least to most noise"),
         ]  # fmt: skip
     if validation:
+        if "warnings" in validation[-1]:
+            rows.append(("health", f"{verdict(validation[-1]['warnings'])}, at step "
+                         f"{validation[-1]['step']}"))  # fmt: skip
         best = min(validation, key=lambda record: record["loss_ema"])
         rows.append(("validation loss", f"{validation[-1]['loss']:.4g}, EMA "
                      f"{validation[-1]['loss_ema']:.4g}; best EMA {best['loss_ema']:.4g} at step "

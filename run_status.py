@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
-from health import quarter_words
+from health import quarter_words, verdict
 from training_monitor import RUN_DIRECTORIES, read_metrics
 
 NO_RUN = "No training run yet: type `make demo` for a small one or `make train`."
@@ -150,6 +150,17 @@ def speed_text(run: Run) -> str:
     return f"{text}, time left {'not known yet' if left is None else duration(left)}"
 
 
+def energy_text(train: list[dict]) -> str:
+    """What the GPU has consumed so far; empty where nobody measured."""
+    measured = [r["energy_joules"] for r in train if r.get("energy_joules") is not None]
+    if not measured:
+        return ""
+    text = f"{sum(measured) / 3.6e6:.3g} kWh so far"
+    if len(measured) < len(train):
+        return f"{text}, of {len(measured)} records in {len(train)}"
+    return f"{text}, {sum(measured) / train[-1]['images_seen']:.3g} J per image"
+
+
 def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]:
     """Label and text of all there is to say in words, with so many of the newest checkpoints."""
     sample = f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else "none yet"
@@ -159,14 +170,17 @@ def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]
     lately = [w for w in run.warnings if w["step"] >= WARNED * step][-1:]  # the rest is history
     sentence = "".join(f"step {w['step']}: {w['message']}" for w in lately)
     cautions = textwrap.wrap(sentence, 66)
+    if not cautions and run.validation and run.validation[-1].get("warnings") == 0:
+        cautions = [f"{verdict(0)} (validation at step {run.validation[-1]['step']})"]
     return [
         ("state", state_text(run, now)),
-        *zip(["warning", *[""] * len(cautions)], cautions),
+        *zip(["warning" if lately else "health", *[""] * len(cautions)], cautions),
         ("progress", progress_text(run)),
         ("train loss", loss_text(run.train, "loss")),
         ("validation", loss_text(run.validation, "loss")),
         ("  with EMA", loss_text(run.validation, "loss_ema")),
         ("speed", speed_text(run)),
+        *([("energy", energy_text(run.train))] if energy_text(run.train) else []),
         ("last sample", sample),
         *zip(["checkpoints", *[""] * len(files)], files or ["none yet"]),
     ]

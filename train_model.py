@@ -7,6 +7,7 @@ A run that was interrupted continues when the same command is run again.
 """
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -19,10 +20,12 @@ import config as settings
 from build import choose_device, machine_name, precision_name
 from cifar10 import DataError
 from command_line import (
+    COMMAND,
     Parser,
     add_config_flags,
     config_overrides,
     exit_with,
+    join_processes,
     parse_count,
 )
 from conditional_diffusion.checkpoint import (
@@ -32,6 +35,7 @@ from conditional_diffusion.checkpoint import (
     require_space,
 )
 from conditional_diffusion.memory import OutOfMemory
+from conditional_diffusion.processes import Processes
 from conditional_diffusion.training_engine import TrainingDiverged
 from config import AUTO_BATCH, Config, ConfigError
 from data import load_splits
@@ -170,7 +174,7 @@ def clear_away(mode: str, folder: Path) -> None:
 
 
 @contextmanager
-def stopping_on_signals(engine):
+def stopping_on_signals(run: Run):
     """The first SIGINT or SIGTERM ends the run after its current step; a second one at once.
 
     Yields the list in which the signal will be noted.
@@ -181,7 +185,7 @@ def stopping_on_signals(engine):
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        engine.stop_requested = True
+        run.wants_to_stop = True
         say("stopping after this step; the run will be saved (once more: stop at once)")
 
     earlier = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
@@ -196,11 +200,28 @@ def describe(run: Run, device) -> str:
     config, engine = run.config, run.engine
     parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
     precision = precision_name(engine.autocast_dtype)
+    where = device_name(device, run.processes)
     return (
         f"{config.mode} run: U-Net of {parameters:.1f} M parameters at {config.data.image_size}x"
         f"{config.data.image_size}, {len(run.splits['train'])} images, batch "
-        f"{run.batches.batch_size}, {engine.total_steps} steps, {device}, {precision}"
+        f"{run.batches.batch_size}, {engine.total_steps} steps, {where}, {precision}"
     )
+
+
+def device_name(device, processes: Processes) -> str:
+    if not processes.several:
+        return str(device)
+    return f"{device.type} in {processes.world_size} processes"
+
+
+def require_equal_data(splits: dict, processes: Processes) -> None:
+    """DataError where a process has other training images than the one that leads."""
+    if not processes.several:
+        return
+    own = splits["train"].fingerprint()
+    if own != processes.from_leader(lambda: own):
+        raise DataError(f"process {processes.rank} has other training images than the first one; "
+                        "every machine needs the same data")  # fmt: skip
 
 
 def main() -> int:
@@ -214,26 +235,36 @@ def main() -> int:
         print(json.dumps(settings.to_dict(resolve_config(args.mode, overrides, None)), indent=1))
         return 0
 
-    folder = RUN_DIRECTORIES[args.mode]
-    refuse_second_run(folder)
-    saved = None if args.fresh else newest_checkpoint(args.mode, folder)
+    folder, processes = RUN_DIRECTORIES[args.mode], join_processes()
+    # A restart by torchrun, after a process has died, must not begin anew.
+    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def run_to_continue() -> dict | None:
+        refuse_second_run(folder)
+        return None if fresh else newest_checkpoint(args.mode, folder)
+
+    saved = processes.from_leader(run_to_continue)
     saved_config = settings.from_dict(saved["config"]) if saved else None
     config = resolve_config(args.mode, overrides, saved_config)
-    device = choose_device(config)
+    device = choose_device(config, processes)
     may_fall_back = saved is None and "data.dataset" not in overrides
-    config, splits = load_data(config, may_fall_back)
-    run = Run(config, folder, splits, device, saved)
+    with processes.first_on_each_machine():
+        config, splits = load_data(config, may_fall_back)
+    require_equal_data(splits, processes)
+    run = Run(config, folder, splits, device, saved, processes)
     engine = run.engine
     if engine.step >= engine.total_steps and not run.lacks_grid():
         say(f"the run in {folder} is complete ({engine.step} steps); EPOCHS= makes it longer, "
             "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
         return 0
+    if not processes.leads:
+        return session(run, None)
     again = [word for word in sys.argv[1:] if word != "--fresh"]
-    command = shlex.join([sys.executable, "train_model.py", *again])
+    command = os.environ.get(COMMAND) or shlex.join([sys.executable, "train_model.py", *again])
     with TrainingMonitor(
-        folder, mode=config.mode, device=str(device), machine=machine_name(device),
-        total_steps=engine.total_steps, steps_per_epoch=run.batches.steps_per_epoch,
-        command=command,
+        folder, mode=config.mode, device=device_name(device, processes),
+        machine=machine_name(device), total_steps=engine.total_steps,
+        steps_per_epoch=run.batches.steps_per_epoch, command=command,
     ) as monitor:  # fmt: skip
         if saved is None:
             clear_away(args.mode, folder)
@@ -251,15 +282,21 @@ def main() -> int:
     return status
 
 
-def session(run: Run, monitor: TrainingMonitor) -> int:
-    """Train to the end or a signal; returns the exit status, 1 for a verdict that fails."""
-    monitor.begin(run.engine.step, settings.to_dict(run.config))
-    if run.config.mode in ("overfit", "quick-test"):
-        run.draw_originals(monitor)
-    with stopping_on_signals(run.engine) as received:
+def session(run: Run, monitor: TrainingMonitor | None) -> int:
+    """Train to the end or a signal; returns the exit status, 1 for a verdict that fails.
+
+    The monitor is that of the process that leads; the others have none.
+    """
+    if monitor is not None:
+        monitor.begin(run.engine.step, settings.to_dict(run.config))
+        if run.config.mode in ("overfit", "quick-test"):
+            run.draw_originals(monitor)
+    with stopping_on_signals(run) as received:
         complete = run.fit(monitor)
     if not complete:
-        return 128 + received[0] if received else TIME_LIMIT_STATUS
+        # A signal need not have reached every process.
+        number = run.processes.extreme(received[0] if received else 0, largest=True)
+        return 128 + number if number else TIME_LIMIT_STATUS
     return 0 if run.config.mode != "overfit" or run.verdict() else 1
 
 

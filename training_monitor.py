@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from health import verdict
+
 RUN_DIRECTORIES = {
     "full": Path("checkpoints"),
     "overfit": Path("checkpoints_overfit"),
@@ -116,7 +118,7 @@ class TrainingMonitor:
             "steps_per_epoch": steps_per_epoch, "state": "running", "ended": None,
             "command": command,
         }  # fmt: skip
-        self.bar = None
+        self.bar, self.warnings = None, 0
 
     def __enter__(self) -> "TrainingMonitor":
         self.samples.mkdir(parents=True, exist_ok=True)
@@ -175,22 +177,29 @@ class TrainingMonitor:
 
     def warn(self, step: int, message: str) -> None:
         """Say what looks wrong, and record it."""
+        self.warnings += 1
         self.append("warning", step=step, message=message)
         say(f"warning at step {step}: {message}")
 
     def record(self, kind: str, **values) -> None:
-        """Append one record of kind "train" or "validation" and show its losses."""
+        """Append one record of kind "train" or "validation" and show its losses.
+
+        A validation's also counts the warnings since the one before, the verdict on the run.
+        """
         step = values["step"]
+        if kind == "validation":
+            self.append(kind, **values, warnings=self.warnings)
+            say(f"step {step}: validation loss {values['loss']:.4f}, EMA {values['loss_ema']:.4f}; "
+                + verdict(self.warnings))  # fmt: skip
+            self.warnings = 0
+            return
         self.append(kind, **values)
-        if kind == "train":
-            shown = {"loss": f"{values['loss']:.4f}"}
-            shown["images/s"] = f"{values['images_per_second']:.1f}"
-            self.bar.set_postfix(shown)
-            if self.bar.disable and time.time() - self.last_line >= LINE_SECONDS:
-                self.last_line = time.time()
-                say(self.progress_line(step, shown))
-        elif self.bar.disable:
-            say(f"step {step}: validation loss {values['loss']:.4f}, EMA {values['loss_ema']:.4f}")
+        shown = {"loss": f"{values['loss']:.4f}"}
+        shown["images/s"] = f"{values['images_per_second']:.1f}"
+        self.bar.set_postfix(shown)
+        if self.bar.disable and time.time() - self.last_line >= LINE_SECONDS:
+            self.last_line = time.time()
+            say(self.progress_line(step, shown))
 
     def progress_line(self, step: int, shown: dict) -> str:
         total = self.facts["total_steps"]

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import config as settings
 from build import build_model, build_sampler, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
 from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
+from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
-from config import AUTO_BATCH, CLASS_NAMES, Config
+from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, to_x_start
+from gpu_status import EnergyMeter
 from health import LossWatch, picture_findings, validation_findings
 from scores import nearest_images
 from training_monitor import (
@@ -35,18 +38,9 @@ MEASURED_IMAGES = 1000  # from which the power of every frequency is taken
 GRID_ROWS = 4  # pictures per class in a grid, of runs that train on more than one image each
 
 
-def due_every(steps: int, minutes: float = math.inf):
-    """Whether a periodic action is due after a step: every so many steps or minutes."""
-    last = time.monotonic()
-
-    def due(step: int) -> bool:
-        nonlocal last
-        if step % steps and time.monotonic() - last < 60 * minutes:
-            return False
-        last = time.monotonic()
-        return True
-
-    return due
+def every(steps: int) -> Callable[[int], bool]:
+    """Whether a periodic action is due after a step."""
+    return lambda step: step % steps == 0
 
 
 def peak_memory_gib(device) -> float:
@@ -58,16 +52,25 @@ def peak_memory_gib(device) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
+def gpu_uuid(device) -> str | None:
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
     """Compile the training step, or say why not: a run must not depend on a compiler."""
+    plain, reason = engine.network, []
     try:
-        engine.network = torch.compile(engine.model)
+        engine.network = torch.compile(plain)
         engine.rehearse(*batch)
     except OutOfMemory:
         raise
     except Exception as error:  # whatever a compiler and its tools may raise
-        engine.network = engine.model
         reason = str(error).strip().splitlines() or [type(error).__name__]
+    if engine.processes.extreme(len(reason), largest=True):  # what one lacks, none uses
+        engine.network = plain
+        reason = reason or ["another process has no compiler"]
         say(f"torch.compile does not work here ({reason[0][:200]}); training goes on without it, "
             "--train.compile false does so at once")  # fmt: skip
 
@@ -82,7 +85,9 @@ class Run:
         splits: dict[str, Split],
         device: torch.device,
         saved: dict | None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes or Processes()
         self.model, self.scheduler = build_model(config, device)
         self.folder, self.splits, self.device = folder, splits, device
         if config.train.batch_size == AUTO_BATCH:
@@ -90,8 +95,14 @@ class Run:
         self.config = config
         train = config.train
         self.batches = TrainingBatches(
-            splits["train"], config.data, train.batch_size, train.seed, device
-        )
+            splits["train"], config.data, train.batch_size, train.seed, device,
+            self.processes.share,
+        )  # fmt: skip
+        if self.batches.batch_size < self.processes.world_size:
+            raise ConfigError(
+                f"a batch of {self.batches.batch_size} images is too small for "
+                f"{self.processes.world_size} processes; raise train.batch_size or start fewer"
+            )
         if saved is None:  # else it comes with the weights
             self.model.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])
         self.engine = TrainingEngine(
@@ -104,13 +115,16 @@ class Run:
             ema_halflife_images=train.ema_halflife_images,
             ema_rampup_ratio=train.ema_rampup_ratio,
             max_skipped_steps=train.max_skipped_steps, seed=train.seed,
-            autocast_dtype=training_dtype(config, device),
+            autocast_dtype=training_dtype(config, device), processes=self.processes,
         )  # fmt: skip
+        self.wants_to_stop = False  # of this process alone, until all know of it
+        self.saved_at, self.save_is_due = time.monotonic(), False
         self.best_loss = math.inf  # validation loss of best.pt
         self.validated = (-1, math.inf)  # step and EMA loss of the last validation
         if saved is not None:
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
+        self.energy_meter = EnergyMeter(gpu_uuid(device))
         self.reported_skips = self.engine.skipped_steps
         self.loss_watch = LossWatch(
             record["loss"] for record in read_metrics(folder)
@@ -131,6 +145,8 @@ class Run:
 
         images = len(self.splits["train"]) * config.data.repeats
         fitting = fitting_batch_size(trial, size**2, device, LARGEST_TRAINING_BATCH)
+        fitting = self.processes.extreme(fitting, largest=False) * self.processes.world_size
+        fitting = min(fitting, LARGEST_TRAINING_BATCH)
         batch_size = min(images, fitting - fitting % 8 if fitting >= 8 else fitting)
         say(f"batch size {batch_size}, chosen for this device")
         return replace(config, train=replace(config.train, batch_size=batch_size))
@@ -143,17 +159,34 @@ class Run:
         return x_start, split.labels[index].to(self.device)
 
     def sample(self, model, rows: int, *, grid: bool) -> Tensor:
-        """Pictures (rows * classes, 3, H, W), classes taking turns; all of row r have seed r."""
+        """Pictures (rows * classes, 3, H, W), classes taking turns; all of row r have seed r.
+
+        Several processes draw a share each, and all get all.
+        """
         size = self.config.data.image_size
         sampler = build_sampler(self.config, self.scheduler, grid=grid)
         labels = torch.arange(len(CLASS_NAMES), device=self.device).repeat(rows)
         seeds = [row for row in range(rows) for _ in CLASS_NAMES]
-        return sampler.sample(
-            model, labels, (3, size, size), seeds, batch_size=self.config.sample.batch_size
-        )
+        share = self.processes.share(len(seeds))
+        pictures = torch.zeros(len(seeds), 3, size, size, device=self.device)
+        if seeds[share]:
+            pictures[share] = sampler.sample(
+                model, labels[share], (3, size, size), seeds[share],
+                batch_size=self.config.sample.batch_size,
+            )  # fmt: skip
+        return self.processes.sum(pictures)
 
-    def log(self, monitor: TrainingMonitor) -> None:
-        metrics = self.engine.take_metrics()
+    def energy_joules(self) -> float | None:
+        """Of all processes' GPUs since the last call; None if any of them does not know."""
+        joules = self.energy_meter.joules()
+        total = torch.tensor(math.nan if joules is None else joules, dtype=torch.float64)
+        total = self.processes.sum(total).item()
+        return None if math.isnan(total) else total
+
+    def log(self, monitor: TrainingMonitor | None) -> None:
+        metrics, energy_joules = self.engine.take_metrics(), self.energy_joules()
+        if monitor is None:
+            return
         step, loss = self.engine.step, metrics["loss"]
         # Loss scaling skips steps by design, to find its scale.
         scaling = self.engine.scaler.is_enabled()
@@ -163,32 +196,43 @@ class Run:
                          "gradient was not finite")  # fmt: skip
         if loss is None:
             return
-        monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device))
+        monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device),
+                       energy_joules=energy_joules)  # fmt: skip
         for warning in self.loss_watch.warnings(loss):
             monitor.warn(step, warning)
 
-    def validate(self, monitor: TrainingMonitor) -> None:
+    def validate(self, monitor: TrainingMonitor | None) -> None:
         if not len(self.validation[1]):
             return  # a set too small to hold anything out
-        losses = [
-            self.engine.validation_loss(model, *self.validation, self.batches.batch_size)
-            for model in (self.model, self.engine.ema_model)
-        ]
-        monitor.record("validation", step=self.engine.step, loss=losses[0], loss_ema=losses[1])
-        self.validated = (self.engine.step, losses[1])
+        x_start, labels = self.validation
+
+        def loss_of(model, labels: Tensor) -> float:
+            return self.engine.validation_loss(model, x_start, labels, self.batches.batch_size)
+
+        ema = self.engine.ema_model
+        record = {"step": self.engine.step, "loss": loss_of(self.model, labels),
+                  "loss_ema": loss_of(ema, labels)}  # fmt: skip
+        if self.config.train.class_dropout_prob > 0:
+            record["loss_null"] = loss_of(ema, torch.full_like(labels, ema.null_label))
+        self.validated = (self.engine.step, record["loss_ema"])
+        if monitor is None:
+            return
         if self.config.mode == "full":  # the others memorise on purpose
             records = read_metrics(self.folder)
             train, validation = ([r for r in records if r["kind"] == kind]
                                  for kind in ("train", "validation"))  # fmt: skip
-            for finding in validation_findings(train, validation):
+            for finding in validation_findings(train, [*validation, record]):
                 monitor.warn(self.engine.step, finding)
+        monitor.record("validation", **record)
 
-    def draw(self, monitor: TrainingMonitor) -> None:
+    def draw(self, monitor: TrainingMonitor | None) -> None:
         rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
             images = self.sample(model, rows, grid=True)
-            monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
-        if self.config.mode == "full":  # in the short runs young pictures say nothing
+            if monitor is not None:
+                monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
+        # In the short runs young pictures say nothing.
+        if monitor is not None and self.config.mode == "full":
             for finding in picture_findings(images, self.validation[0]):  # of the EMA
                 monitor.warn(self.engine.step, finding)
 
@@ -196,7 +240,8 @@ class Run:
         """Whether a kill came between the checkpoint of this step and the grid due with it."""
         step = self.engine.step
         due = step == self.engine.total_steps or step % self.config.train.sample_every == 0
-        return due and step > 0 and not sample_path(self.folder, step, "ema").exists()
+        path = sample_path(self.folder, step, "ema")
+        return self.processes.from_leader(lambda: due and step > 0 and not path.exists())
 
     def draw_originals(self, monitor: TrainingMonitor) -> None:
         """The first training images of every class, to lie beside the samples."""
@@ -209,10 +254,14 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of this step; of a full run the best by validation loss is kept too."""
+        state = self.engine.state_dict()
+        self.saved_at, self.save_is_due = time.monotonic(), False
         step, loss = self.validated
         best = self.config.mode == "full" and step == self.engine.step and loss < self.best_loss
         if best:
             self.best_loss = loss
+        if not self.processes.leads:
+            return
         save_checkpoint(
             self.folder,
             {
@@ -220,7 +269,7 @@ class Run:
                 "class_names": list(CLASS_NAMES),
                 "total_steps": self.engine.total_steps,
                 "best_loss": self.best_loss,
-                **self.engine.state_dict(),
+                **state,
             },
             keep=self.config.train.keep_checkpoints,
             best=best,
@@ -230,41 +279,63 @@ class Run:
         """Size of a checkpoint, near enough: weights, EMA and AdamW's two moments."""
         return 4 * sum(parameter.nbytes for parameter in self.model.parameters())
 
-    def fit(self, monitor: TrainingMonitor) -> bool:
-        """Train to the end, a signal or the time limit; either way the last step is saved."""
+    def fit(self, monitor: TrainingMonitor | None) -> bool:
+        """Train to the end, a signal or the time limit; either way the last step is saved.
+
+        The monitor is that of the process that leads; the others have none.
+        """
         train, engine = self.config.train, self.engine
-        # The first step of all is logged at once; a resumed run keeps to the rhythm.
-        log_due = due_every(train.log_every)
         deadline = time.monotonic() + 3600 * (train.max_hours or math.inf)
 
         def after_step() -> None:
-            monitor.advance()
-            if time.monotonic() > deadline:
-                engine.stop_requested = True
+            if monitor is not None:
+                monitor.advance()
+            now = time.monotonic()
+            overdue = now > self.saved_at + 60 * train.save_minutes
+            if overdue:
+                self.saved_at = now  # asking once is enough
+            # Clocks and signals differ between processes; what follows from them must not.
+            engine.stop_requested, overdue = self.processes.agree(
+                self.wants_to_stop or now > deadline, overdue
+            )
+            self.save_is_due |= overdue
+
+        def draw_curves() -> None:
+            if monitor is not None:
+                monitor.draw_curves()
 
         if self.lacks_grid():
             self.draw(monitor)
-        if switched_on(train.compile, self.device) and engine.step < engine.total_steps:
-            compile_training(engine, next(self.batches.starting_at(engine.step)))
+        if engine.step < engine.total_steps:
+            first = next(self.batches.starting_at(engine.step))
+            if self.processes.several:
+                engine.try_memory(*first)
+            if switched_on(train.compile, self.device):
+                compile_training(engine, first)
+        save_due, log_due = every(train.save_every), every(train.log_every)
         try:
             complete = engine.fit(
                 self.batches.starting_at(engine.step),
                 on_step=after_step,
                 periodic=[
+                    # The first step of all is logged at once; a resumed run keeps to the rhythm.
                     (lambda step: step == 1 or log_due(step), lambda: self.log(monitor)),
-                    (due_every(train.validate_every), lambda: self.validate(monitor)),
-                    (due_every(train.save_every, train.save_minutes), self.save),
+                    (every(train.validate_every), lambda: self.validate(monitor)),
+                    (lambda step: save_due(step) or self.save_is_due, self.save),
                     # Drawing comes last: what takes time must not stand before a save.
-                    (due_every(train.validate_every), monitor.draw_curves),
-                    (due_every(train.sample_every), lambda: self.draw(monitor)),
+                    (every(train.validate_every), draw_curves),
+                    (every(train.sample_every), lambda: self.draw(monitor)),
                 ],
             )
         finally:
-            monitor.bar.close()
+            if monitor is not None:
+                monitor.bar.close()
+        self.processes.answers()  # to the last step's wishes, which change nothing any more
         if not complete and engine.step > 0:
             self.save()
-            monitor.draw_curves()
-        monitor.end("finished" if complete else "interrupted")
+            draw_curves()
+        if monitor is not None:
+            monitor.end("finished" if complete else "interrupted")
         return complete
 
     def verdict(self) -> bool:
@@ -285,6 +356,8 @@ class Run:
             say(f"  {wanted:<11} {psnr:5.1f} dB to a training image of class {found:<11} "
                 f"{'ok' if good else 'FAILED'}")  # fmt: skip
         passed = all(result["ok"] for result in results)
+        if not self.processes.leads:
+            return passed
         write_json(self.folder / "verdict.json", {"passed": passed, "pictures": results})
         pairs = torch.stack([originals[index], pictures])  # (2, rows * classes, 3, H, W)
         pairs = pairs.unflatten(1, (rows, classes)).transpose(0, 1).flatten(0, 2)

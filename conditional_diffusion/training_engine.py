@@ -1,10 +1,13 @@
 """The hand-written training loop: loss, step, moving average, learning rate, resume.
 
 All randomness of step n derives from (seed, n), so a run continued from a checkpoint takes the
-same steps as one that was never interrupted, without any random state being stored. On CUDA no step
-waits for the device: what a step needs to know of its own result, it keeps there.
+same steps as one that was never interrupted, without any random state being stored. Several
+processes draw it for the whole batch and take their share, so that their number changes nothing
+either. On CUDA no step waits for the device: what a step needs to know of its own result, it keeps
+there.
 """
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -24,6 +27,7 @@ from .memory import (
     reraise_unless_out_of_memory,
 )
 from .noise_scheduler import CosineNoiseScheduler
+from .processes import Processes
 from .sampler import autocast, evaluating
 
 # Running sums since the last record, by attribute; durations are not among them.
@@ -123,6 +127,7 @@ class TrainingEngine:
         seed: of all randomness inside the steps.
         autocast_dtype: for mixed precision, torch.bfloat16 or (with loss scaling) torch.float16;
             None for float32.
+        processes: that train together, each on its share of every batch.
     """
 
     def __init__(
@@ -143,9 +148,10 @@ class TrainingEngine:
         max_skipped_steps: int = 0,
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
+        processes: Processes | None = None,
     ):
         self.model, self.scheduler = model, scheduler
-        self.network = model  # what the training steps call: the model, or its compiled form
+        self.processes = processes or Processes()
         self.device = next(model.parameters()).device
         self.total_steps, self.learning_rate = total_steps, learning_rate
         self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
@@ -166,6 +172,9 @@ class TrainingEngine:
         )
         # torch's AveragedModel would wait for the device at every step.
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
+        # What the training steps call: the model, the wrapper that averages its gradients over the
+        # processes, or the compiled form of either.
+        self.network = self.processes.averaging(model)
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
@@ -174,11 +183,12 @@ class TrainingEngine:
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
         """One optimizer step on x_start (B, C, H, W) in [-1, 1] with class_labels (B,).
 
+        Of several processes each gives the images of its share of the batch, but all the labels.
         A batch whose loss or gradient is not finite is left out; the weights do not see it. Raises
         TrainingDiverged, weights still untouched, once more than max_skipped_steps follow each
         other; on CUDA not before the next take_metrics, which is the first to look.
         """
-        batch_size = len(x_start)
+        batch_size = len(class_labels)
         losses, timesteps = self._compute_gradients_in_parts(x_start, class_labels)
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -198,6 +208,7 @@ class TrainingEngine:
         self._skipped_in_a_row.add_(1).mul_(~finite)
         self._most_in_a_row.copy_(torch.maximum(self._most_in_a_row, self._skipped_in_a_row))
         self._add_to_sums(losses, timesteps, grad_norm, finite)
+        self._summed_images += batch_size
         if self.device.type != "cuda":
             self._check_budget()
 
@@ -220,39 +231,70 @@ class TrainingEngine:
             except MEMORY_ERRORS as error:
                 reraise_unless_out_of_memory(error)
             # Out here nothing holds on to the memory of the attempt any more.
+            if self.network is not self.model and self.processes.several:
+                # The others are already waiting for the gradients of the whole share.
+                raise OutOfMemory(
+                    f"out of memory at step {self.step} in process {self.processes.rank} of "
+                    f"{self.processes.world_size}; continue with a smaller train.batch_size"
+                )
             self.optimizer.zero_grad()
             self._split_further(len(x_start))
 
     def _compute_gradients(self, x_start: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the weighted mean loss; returns (losses (B,), timesteps (B,)).
+        """Gradients of the weighted mean loss over the batch, of all processes' images.
 
-        The batch goes through the network in `micro_batches` parts with the same gradients: all
-        randomness but dropout is drawn for the whole batch.
+        Returns (losses (b,), timesteps (b,)) of this process's share. It goes through the network
+        in `micro_batches` parts with the same gradients: all randomness but dropout is drawn for
+        the whole batch.
         """
-        batch_size = len(x_start)
-        torch.manual_seed(step_seed(self.seed, self.step))  # dropout included, hence global
+        batch_size, share = len(class_labels), self.processes.share(len(class_labels))
+        seed = step_seed(self.seed, self.step)
+        torch.manual_seed(seed)  # dropout included, hence global
         T = self.scheduler.num_train_timesteps
-        timesteps = stratified_timesteps(batch_size, T, self.device)
-        noise = torch.randn_like(x_start)
+        timesteps = stratified_timesteps(batch_size, T, self.device)[share]
+        noise = torch.randn(batch_size, *x_start.shape[1:], device=self.device)[share]
         if self.class_dropout_prob > 0:
             class_labels = drop_labels(
                 class_labels, self.class_dropout_prob, self.model.null_label
             )
+        class_labels = class_labels[share]
+        if not self.processes.leads:
+            torch.manual_seed(seed + self.processes.rank)  # for dropout of its own
 
         self.model.train()
         weights = min_snr_weights(self.scheduler, timesteps, self.min_snr_gamma)
-        size = -(-batch_size // self.micro_batches)
-        parts = []
-        for start in range(0, batch_size, size):
+        size = -(-len(x_start) // self.micro_batches)
+        results = []
+        for start in range(0, len(x_start), size):
             part = slice(start, start + size)
-            with autocast(self.device, self.autocast_dtype):
-                losses = diffusion_loss(
-                    self.network, self.scheduler, x_start[part], noise[part], timesteps[part],
-                    class_labels[part],
-                )  # fmt: skip
-            self.scaler.scale((weights[part] * losses).sum() / batch_size).backward()
-            parts.append(losses.detach())
-        return torch.cat(parts), timesteps
+            with self._gradients_travel(part.stop >= len(x_start)):
+                with autocast(self.device, self.autocast_dtype):
+                    losses = diffusion_loss(
+                        self.network, self.scheduler, x_start[part], noise[part],
+                        timesteps[part], class_labels[part],
+                    )  # fmt: skip
+                # Gradients are averaged over the processes, of which each has only its share.
+                mean = (weights[part] * losses).sum() / (batch_size / self.processes.world_size)
+                self.scaler.scale(mean).backward()
+            results.append(losses.detach())
+        return torch.cat(results), timesteps
+
+    def _gradients_travel(self, now: bool) -> contextlib.AbstractContextManager:
+        """Between processes: once per step, with its last part, which carries the sum of all."""
+        averages = self.processes.several and self.network is not self.model
+        return self.network.no_sync() if averages and not now else contextlib.nullcontext()
+
+    def try_memory(self, x_start: Tensor, class_labels: Tensor) -> None:
+        """Find out in how many parts the steps of several processes must go, and agree on it.
+
+        Later none of them could split a batch that the others have not split.
+        """
+        averaging, self.network = self.network, self.model
+        try:
+            self.rehearse(x_start, class_labels)
+        finally:
+            self.network = averaging
+        self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
 
     def rehearse(self, x_start: Tensor, class_labels: Tensor) -> None:
         """Forward and backward as in the next step, without taking it."""
@@ -317,7 +359,6 @@ class TrainingEngine:
         self._counts.index_add_(0, quarters, finite.float().expand(len(losses)))
         self._grad_norms += torch.where(finite, grad_norm, 0)
         self._summed_steps += finite
-        self._summed_images += len(losses)
 
     def take_metrics(self) -> dict:
         """Means since the last call: loss, loss_quarters (least noise first), grad_norm, speed.
@@ -330,7 +371,7 @@ class TrainingEngine:
         began = time.perf_counter()
         self._check_budget()
         self._seconds += time.perf_counter() - began
-        losses, counts = self._losses.tolist(), self._counts.tolist()
+        losses, counts = self._sums_of_all().tolist()
         metrics = {
             "step": self.step,
             "images_seen": self.images_seen,
@@ -345,6 +386,10 @@ class TrainingEngine:
         self._reset_sums()
         return metrics
 
+    def _sums_of_all(self) -> Tensor:
+        """Losses and counts by quarter (2, QUARTERS), of all processes."""
+        return self.processes.sum(torch.stack([self._losses, self._counts]))
+
     @torch.no_grad()
     def validation_loss(
         self, model: nn.Module, x_start: Tensor, class_labels: Tensor, batch_size: int
@@ -352,6 +397,7 @@ class TrainingEngine:
         """Unweighted loss on fixed (x_start, noise, timestep) triples, N of each.
 
         Noise and timesteps are the same at every call: small differences are real differences.
+        Several processes divide the images.
         """
         generator = torch.Generator().manual_seed(step_seed(self.seed, -1))
         N, T = len(x_start), self.scheduler.num_train_timesteps
@@ -359,8 +405,11 @@ class TrainingEngine:
         timesteps = (torch.randperm(N, generator=generator) * T // N).to(self.device)
         # One draw per image, so that the noise does not depend on the batch size.
         noise = torch.stack([torch.randn(x.shape, generator=generator) for x in x_start])
+        share = self.processes.share(N)
+        losses = torch.zeros(N, device=self.device)
 
         def loss_of(part: slice) -> Tensor:
+            part = slice(share.start + part.start, min(share.start + part.stop, share.stop))
             return diffusion_loss(
                 model, self.scheduler, x_start[part], noise[part].to(self.device), timesteps[part],
                 class_labels[part],
@@ -368,8 +417,10 @@ class TrainingEngine:
 
         with evaluating(model), autocast(self.device, self.autocast_dtype):
             size = -(-batch_size // self.micro_batches)
-            losses = in_parts(loss_of, N, size, "validation images")
-        return torch.cat(losses).mean().item()
+            parts = in_parts(loss_of, share.stop - share.start, size, "validation images")
+        if parts:  # there may be fewer images than processes
+            losses[share] = torch.cat(parts)
+        return self.processes.sum(losses).mean().item()
 
     def fit(
         self,
@@ -379,6 +430,8 @@ class TrainingEngine:
         periodic: Sequence[tuple[Callable[[int], bool], Callable[[], None]]] = (),
     ) -> bool:
         """Train until total_steps or until stop_requested; returns whether the run is complete.
+
+        stop_requested must be set in all processes after the same step.
 
         Args:
             batches: (x_start, class_labels), the first one belonging to the current step.
@@ -400,7 +453,12 @@ class TrainingEngine:
         return self.step >= self.total_steps
 
     def state_dict(self) -> dict:
-        """Everything a later process needs to continue as if it were this one."""
+        """Everything a later process needs to continue as if it were this one.
+
+        All processes have to ask for it together; the leader's is the one that counts for all.
+        """
+        losses, counts = self._sums_of_all()
+        own = {name: getattr(self, name) for name in SUMS}
         return {
             "step": self.step,
             "images_seen": self.images_seen,
@@ -411,7 +469,7 @@ class TrainingEngine:
             "skipped_in_a_row": int(self._skipped_in_a_row),
             "scaler": self.scaler.state_dict(),
             # So that the record a resumed run writes next equals that of an uninterrupted one.
-            "sums": {name: getattr(self, name) for name in SUMS},
+            "sums": own | {"_losses": losses, "_counts": counts},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -438,3 +496,5 @@ class TrainingEngine:
             self.scaler.load_state_dict(state["scaler"])
         for name, value in state["sums"].items():
             setattr(self, name, value.to(self.device) if torch.is_tensor(value) else value)
+        if not self.processes.leads:  # the leader has them all
+            self._losses, self._counts = torch.zeros(2, QUARTERS, device=self.device)

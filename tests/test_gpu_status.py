@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +196,40 @@ def test_processes_on_the_gpu(fake_smi, tmp_path):
 def test_no_process_where_nvidia_smi_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu_status.query_processes() == []
+
+
+NVML_SOURCE = """
+#include <string.h>
+static unsigned long long counter = 5000;  /* millijoules */
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+  *device = (void *)0x123456789abcUL;
+  return strcmp(uuid, "GPU-ffc79498-8ff3") ? 6 : 0;
+}
+int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy) {
+  if (device != (void *)0x123456789abcUL || counter == 0) return 3;
+  *energy = counter += 2500;
+  if (counter > 12000) counter = 0;
+  return 0;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="stands in for the driver's library in C")
+def test_energy_between_readings(tmp_path, monkeypatch):
+    """Against a library with NVML's interface that counts 2.5 J per reading, three times."""
+    (tmp_path / "nvml.c").write_text(NVML_SOURCE)
+    library = tmp_path / "libnvml.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
+    monkeypatch.setattr(gpu_status, "NVML", str(library))
+    assert gpu_status.EnergyMeter("another").joules() is None
+    meter = gpu_status.EnergyMeter("ffc79498-8ff3")
+    assert [meter.joules() for _ in range(4)] == [2.5, 2.5, None, None]
+
+
+def test_no_energy_without_a_gpu_or_its_driver(monkeypatch):
+    assert gpu_status.EnergyMeter(None).joules() is None
+    monkeypatch.setattr(gpu_status, "NVML", "libabsent.so")
+    assert gpu_status.EnergyMeter("ffc79498-8ff3").joules() is None
+    monkeypatch.setattr(gpu_status, "NVML", "libc.so.6")  # a library without its functions
+    assert gpu_status.EnergyMeter("ffc79498-8ff3").joules() is None

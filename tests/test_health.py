@@ -90,6 +90,13 @@ def test_an_average_that_lags_is_found():
     assert "EMA weights lag" in finding and "ema_halflife_images" in finding
 
 
+def test_a_null_label_that_is_not_trained_is_found():
+    last = {"step": 100, "loss": 0.1, "loss_ema": 0.1}
+    assert validation_findings([], [last | {"loss_null": 0.105}]) == []
+    (finding,) = validation_findings([], [last | {"loss_null": 0.15}])
+    assert "null label is not trained" in finding and "train.class_dropout_prob" in finding
+
+
 def test_overfitting_is_found_but_not_where_training_gets_worse_too():
     falling_on = [1 / n for n in range(1, 61)]
     (finding,) = validation_findings(records(falling_on), validation(0.2, 0.1, 0.15))

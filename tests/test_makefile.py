@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 VARIABLES = set(
     "DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES CLASSES GUIDANCE STEPS SEED CHECKPOINT DEVICE "
-    "SAMPLER OUTPUT GRID TRAJECTORY PICTURES SWEEP FRESH CONFIRM ARGS PYTHON".split()
+    "GPUS NODES NODE_RANK RENDEZVOUS RESTARTS SAMPLER OUTPUT GRID TRAJECTORY PICTURES SWEEP FRESH "
+    "CONFIRM ARGS PYTHON".split()
 )
 
 
@@ -82,6 +83,21 @@ def test_generate_hands_its_variables_on():
     for flag in ("--classes 'cat,dog'", "--guidance '2'", "--steps '50'", "--samples '3'",
                  "--sampler 'ddim'", "--output 'my pictures'", "--grid-only", "--trajectory"):
         assert flag in command
+
+
+def test_several_gpus_go_through_the_launcher():
+    result = make("-n", "train", f"PYTHON={sys.executable}", "GPUS=8", "NODES=2", "NODE_RANK=1",
+                  "RENDEZVOUS=first:29500", "RESTARTS=3", "EPOCHS=2")  # fmt: skip
+    command = re.sub(" +", " ", result.stdout.splitlines()[-1])
+    assert ("launch.py --gpus '8' --nodes '2' --node-rank '1' --rendezvous 'first:29500' "
+            "--restarts '3' train_model.py --full") in command  # fmt: skip
+    assert "--epochs '2'" in command
+    for target in ("train", "overfit", "quick-test", "generate", "evaluate"):
+        alone = make("-n", target, f"PYTHON={sys.executable}").stdout
+        assert "launch.py" not in alone, target
+        assert "launch.py --gpus 'all'" in make(
+            "-n", target, f"PYTHON={sys.executable}", "GPUS=all"
+        ).stdout, target  # fmt: skip
 
 
 def test_evaluate_hands_its_variables_on():

@@ -375,6 +375,26 @@ def test_a_warning_is_shown_while_it_is_news(tmp_path):
     assert "warning" not in status_of(tmp_path)
 
 
+def test_health_is_that_of_the_last_validation(tmp_path):
+    healthy = validation(300, 0.02) | {"warnings": 0}
+    write_run(tmp_path, records=[train(300), healthy])
+    assert "  health       nothing looks wrong (validation at step 300)\n" in status_of(tmp_path)
+    jump = {"kind": "warning", "step": 310, "message": "loss 9 is 4.0 times what was usual before"}
+    write_run(tmp_path, records=[train(300), healthy, jump])
+    assert "health" not in status_of(tmp_path) and "warning" in status_of(tmp_path)
+    write_run(tmp_path, records=[train(300), validation(300, 0.02) | {"warnings": 2}])
+    assert "health" not in status_of(tmp_path)
+
+
+def test_energy_is_shown_where_it_was_measured(tmp_path):
+    measured = [train(100 * n, energy_joules=1.8e6, images_seen=12_800 * n) for n in (1, 2)]
+    write_run(tmp_path, records=measured)
+    assert "  energy       1 kWh so far, 141 J per image\n" in status_of(tmp_path)
+    assert any(line.startswith("energy") for line in screen_of(tmp_path))
+    write_run(tmp_path, records=[*measured, train(300, energy_joules=None)])
+    assert "1 kWh so far, of 2 records in 3\n" in status_of(tmp_path)
+
+
 def test_monitor_lists_who_is_on_the_gpu(tmp_path):
     write_run(tmp_path, records=[train(100)])
     runs, processes = run_status.find_runs(tmp_path), [["4711", "python", "12595"]]

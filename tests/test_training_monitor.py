@@ -119,6 +119,26 @@ def test_a_warning_is_said_recorded_and_shown_by_status(tmp_path, capsys):
     assert "  warning      step 3: loss 9 is 4.0 times" in format_status(find_runs(tmp_path), 0.0)
 
 
+def test_a_validation_comes_with_a_verdict(tmp_path, capsys):
+    losses = {"loss": 0.5, "loss_ema": 0.25}
+    with TrainingMonitor(tmp_path, **FACTS) as monitor:
+        monitor.begin(0, {})
+        monitor.record("validation", step=1, **losses)
+        monitor.warn(2, "first")
+        monitor.warn(2, "second")
+        monitor.record("validation", step=2, **losses)
+        monitor.record("validation", step=3, **losses)
+        monitor.end("finished")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert lines == [
+        "step 1: validation loss 0.5000, EMA 0.2500; nothing looks wrong",
+        "step 2: validation loss 0.5000, EMA 0.2500; 2 warnings since the last validation",
+        "step 3: validation loss 0.5000, EMA 0.2500; nothing looks wrong",
+    ]
+    records = [record for record in read_metrics(tmp_path) if record["kind"] == "validation"]
+    assert [record["warnings"] for record in records] == [0, 2, 0]
+
+
 def test_curves_mark_where_a_run_was_continued(tmp_path):
     train = [{"kind": "train", "step": s, **RECORD} for s in range(1, 30)]
     training_monitor.draw_curves(train, tmp_path / "whole.png")

@@ -1,0 +1,171 @@
+"""The processes that work together on one run: which of them this is, and what they agree on.
+
+torch.distributed does the work (gloo for tensors on the CPU, NCCL for those on GPUs). A process
+that is alone needs no process group, and everything here then returns what it was given.
+"""
+
+import contextlib
+import ctypes
+import inspect
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Value = TypeVar("Value")
+
+# After which a process that is alive but silent counts as lost. Long, because the others wait while
+# one prepares the data or trains a classifier; a process that dies is noticed at once.
+TIMEOUT = timedelta(minutes=60)
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+
+
+class Processes:
+    """One of world_size processes, rank 0 .. world_size - 1; by default the only one.
+
+    Args:
+        local_rank: its number on its own machine.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0):
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.wishes: tuple[Tensor, dist.Work] | None = None  # on their way between the processes
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        return self.world_size > 1
+
+    def share(self, count: int) -> slice:
+        """This process's part of range(count); their lengths differ by at most one.
+
+        The first is never the smaller one, so that it has an item wherever there is one.
+        """
+        start, stop = (-(-count * rank // self.world_size) for rank in (self.rank, self.rank + 1))
+        return slice(start, stop)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.several:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def extreme(self, value: int, *, largest: bool) -> int:
+        """The largest or smallest of all processes' values."""
+        values = torch.tensor(value)
+        if self.several:
+            dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN)
+        return int(values)
+
+    def from_leader(self, work: Callable[[], Value]) -> Value:
+        """What `work` returns in the process that leads, tensors on the CPU; the others wait."""
+        values = [work() if self.leads else None]
+        if self.several:
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """In the process that leads, every process's value in order; elsewhere nothing."""
+        if not self.several:
+            return [value]
+        values = [None] * self.world_size if self.leads else None
+        dist.gather_object(value, values)
+        return values or []
+
+    @contextlib.contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """Inside, the first process of a machine goes ahead, its others follow when it is through.
+        """
+        if self.local_rank > 0:
+            self.wait_for_all()
+        yield
+        if self.local_rank == 0:
+            self.wait_for_all()
+
+    def wait_for_all(self) -> None:
+        self.sum(torch.zeros(()))
+
+    def agree(self, *wishes: bool) -> list[bool]:
+        """For each wish whether any process has it; every process hears the same at the same step.
+
+        Between several processes the answer is that of the call before, so that nobody waits.
+        """
+        if not self.several:
+            return list(wishes)
+        sent = torch.tensor(wishes, dtype=torch.uint8)
+        answers = self.answers() or [False] * len(wishes)
+        self.wishes = sent, dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True)
+        return answers
+
+    def answers(self) -> list[bool]:
+        """To the wishes on their way, which are then settled; none if there are none."""
+        if self.wishes is None:
+            return []
+        (sent, work), self.wishes = self.wishes, None
+        work.wait()
+        return sent.bool().tolist()
+
+    def averaging(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over all processes in every backward pass."""
+        if not self.several:
+            return model
+        # The buffers are constants, the same everywhere; torch 2.14 has renamed the setting.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
+
+
+def join() -> Processes:
+    """The processes that torchrun started, as its environment variables say; else this one alone.
+
+    Raises RuntimeError where they cannot reach each other.
+    """
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if world_size == 1:
+        return Processes()
+    # A launcher that is killed cannot end its processes: the system asks them to save and stop.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    on_cuda = torch.cuda.is_available()
+    if on_cuda and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    options = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The launcher's store still holds what the processes before a restart wrote into it.
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, world_size, is_master=False, timeout=TIMEOUT)
+        prefix = f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        options = {"store": dist.PrefixStore(prefix, store)}
+    dist.init_process_group(
+        backend, rank=rank, world_size=world_size, timeout=TIMEOUT, **options
+    )
+    return Processes(rank, world_size, local_rank)
+
+
+def loss_of_another(error: Exception) -> str:
+    """What is said where an error means that another process is gone; else an empty string."""
+    text = str(error).strip().partition("\n")[0]
+    if "gloo" not in text and not isinstance(error, dist.DistError):
+        return ""
+    return re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without the place in its source
+
+
+def leave() -> None:
+    """Close what join opened, once all processes are through: none may find another one gone."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(()))
+        dist.destroy_process_group()

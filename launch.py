@@ -1,0 +1,151 @@
+"""Run a script in several processes, one per GPU, with torch's elastic launcher (torchrun).
+
+    python launch.py --gpus 8 train_model.py --full
+    python launch.py --gpus 8 --nodes 2 --node-rank 0 --rendezvous host:29500 train_model.py --full
+
+One process without restarts is plain Python. What the first process says appears here; of the
+others only what they say when one of them fails.
+"""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from command_line import (
+    COMMAND,
+    LOST_STATUS,
+    STATUS_FILE,
+    Parser,
+    exit_with,
+    parse_count,
+)
+from config import ConfigError
+
+USER_ERRORS = (ConfigError,)
+TAIL = 30  # lines of a failed process that are shown
+LOOPBACK = "127.0.0.1"
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gpus", metavar="N", default="all",
+                        help="processes on this machine, one per GPU: a number, or all (all)")
+    parser.add_argument("--nodes", metavar="N", default="1", help="machines (1)")
+    parser.add_argument("--node-rank", metavar="N", default="0",
+                        help="which of the machines this is; 0 writes the results (0)")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT",
+                        help="machine 0 and a free port of it; the same on all of them")
+    parser.add_argument("--restarts", metavar="N", default="0",
+                        help="times to go on from the last checkpoint when a process dies (0)")
+    parser.add_argument("script", help="what to run; its own arguments follow")
+    arguments, own = sys.argv[1:], []
+    while arguments:  # everything from the script on is for the script
+        own.append(arguments.pop(0))
+        if own[-1].endswith(".py"):
+            break
+    return parser.parse_args(own), arguments
+
+
+def parse_index(name: str, text: str, count: int) -> int:
+    if not text.isdecimal() or int(text) >= count:
+        raise ConfigError(f"{name} must be a whole number below {count}, not {text!r}")
+    return int(text)
+
+
+def count_gpus(text: str) -> int:
+    if text != "all":
+        return parse_count("--gpus", text)
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError("--gpus all, but no GPU can be used here: `make gpu-status` says why; a "
+                          "number starts so many processes on the CPU")  # fmt: skip
+    return count
+
+
+def rendezvous_of(args, nodes: int) -> dict:
+    """What tells the launchers of several machines, or of this one alone, where to meet."""
+    if nodes == 1:
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": f"{LOOPBACK}:0",
+                "rdzv_configs": {"is_host": True}, "local_addr": LOOPBACK}  # fmt: skip
+    host, _, port = (args.rendezvous or "").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError("several machines need --rendezvous HOST:PORT (make: RENDEZVOUS=), "
+                          f"machine 0 and a free port of it, not {args.rendezvous!r}")  # fmt: skip
+    # Static, so that machine 0 has rank 0 and thereby the results.
+    rank = parse_index("--node-rank", args.node_rank, nodes)
+    return {"rdzv_backend": "static", "rdzv_endpoint": args.rendezvous,
+            "rdzv_configs": {"rank": rank, "timeout": 600}}  # fmt: skip
+
+
+def describe_failure(failures: dict, logs: Path, restarts: int) -> str:
+    """The process that failed first, and why, in a sentence; what it said is printed before."""
+    # Those that lost the others, or were ended after them, are not the cause, unless that is on
+    # another machine.
+    followed = (LOST_STATUS, -signal.SIGTERM)
+    culprits = {r: f for r, f in failures.items() if f.exitcode not in followed} or failures
+    rank, failure = min(culprits.items(), key=lambda item: (item[1].timestamp, item[0]))
+    said = [line for path in sorted(logs.glob(f"*/attempt_{restarts}/{failure.local_rank}/*.log"))
+            for line in path.read_text(errors="replace").splitlines()]  # fmt: skip
+    print(*said[-TAIL:], sep="\n", file=sys.stderr, end="\n" if said else "")
+    if failure.exitcode < 0:
+        how = f"was killed by {failure.signal_name()}"
+    elif failure.exitcode == LOST_STATUS:
+        how = "lost a process of another machine, whose launcher says more"
+    else:
+        how = f"failed with status {failure.exitcode}, for the reason above"
+    again = os.environ[COMMAND]
+    return (f"process {rank} (pid {failure.pid}) {how}; the others were ended. To continue from "
+            f"the last checkpoint: {again}")  # fmt: skip
+
+
+def main() -> int:
+    args, arguments = parse_arguments()
+    gpus, nodes = count_gpus(args.gpus), parse_count("--nodes", args.nodes)
+    restarts = parse_index("--restarts", args.restarts, 1000)
+    if not Path(args.script).is_file():
+        raise ConfigError(f"{args.script} is no script here")
+    script = [sys.executable, args.script, *arguments]
+    if gpus == nodes == 1 and not restarts:
+        sys.stdout.flush()
+        os.execv(sys.executable, script)
+    rendezvous = rendezvous_of(args, nodes)
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What it reports of failures is said below, once and shorter.
+    logging.disable(logging.CRITICAL)
+    again = [word for word in sys.argv if word != "--fresh"]
+    os.environ[COMMAND] = shlex.join([sys.executable, *again])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    leader_here = nodes == 1 or args.node_rank == "0"
+    silent = {rank: Std.ALL for rank in range(gpus) if rank > 0 or not leader_here}
+    with tempfile.TemporaryDirectory(prefix="launch_") as folder:
+        status_file = Path(folder) / "status"
+        os.environ[STATUS_FILE] = str(status_file)
+        launch = elastic_launch(LaunchConfig(
+            min_nodes=nodes, max_nodes=nodes, nproc_per_node=gpus, run_id=uuid.uuid4().hex
+            if nodes == 1 else "training", max_restarts=restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=silent), **rendezvous,
+        ), script[0])  # fmt: skip
+        try:
+            launch(*script[1:])
+        except ChildFailedError as error:
+            raise ConfigError(describe_failure(error.failures, Path(folder), restarts)) from None
+        except SignalException as error:
+            return 128 + error.sigval
+        finally:
+            del os.environ[STATUS_FILE]  # it was for them, not for this process
+        return int(status_file.read_text()) if status_file.exists() else 0
+
+
+if __name__ == "__main__":
+    exit_with(main, USER_ERRORS)

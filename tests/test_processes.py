@@ -1,0 +1,349 @@
+"""Several processes train as one does: the same batches, weights and validation losses."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PICTOGRAMS, TINY, assert_identical
+from PIL import Image
+
+import train_model
+from cifar10 import DataError
+from conditional_diffusion import CosineNoiseScheduler, TrainingEngine, UNet, processes
+from conditional_diffusion.memory import OutOfMemory
+from conditional_diffusion.processes import Processes
+from config import CLASS_NAMES, DataConfig
+from data import TrainingBatches, draw_pictograms
+from training_monitor import read_metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS = 5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [0, 1, 3, 10, 128])
+def test_shares_cover_everything_once(world_size, count):
+    shares = [Processes(rank, world_size).share(count) for rank in range(world_size)]
+    parts = [list(range(count)[share]) for share in shares]
+    assert sum(parts, []) == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert len(parts[0]) == max(map(len, parts))
+
+
+def test_alone_everything_is_returned_as_it_was_given():
+    alone = Processes()
+    assert alone.leads and not alone.several and alone.share(7) == slice(0, 7)
+    assert alone.agree(True, False) == [True, False]
+    assert alone.gather(3) == [3] and alone.from_leader(lambda: 4) == 4
+    model = torch.nn.Linear(1, 1)
+    assert alone.averaging(model) is model
+
+
+def build_engine(group: Processes) -> tuple[TrainingEngine, TrainingBatches]:
+    """A network whose silent parts have been woken; its batches of ten do not divide by four."""
+    splits = draw_pictograms(DataConfig(image_size=16, samples_per_class=3), seed=0)
+    scheduler = CosineNoiseScheduler(50)
+    torch.manual_seed(0)
+    model = UNet(scheduler.alphas_cumprod, **TINY)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1)
+    engine = TrainingEngine(model, scheduler, total_steps=STEPS, learning_rate=1e-3,
+                            max_skipped_steps=0, processes=group)  # fmt: skip
+    batches = TrainingBatches(splits["train"], DataConfig(image_size=16), 10, 0, "cpu", group.share)
+    return engine, batches
+
+
+def train(group: Processes, micro_batches: int = 1, saved: dict | None = None, until: int = STEPS):
+    """(engine state, metrics, validation loss) after some steps."""
+    engine, batches = build_engine(group)
+    engine.micro_batches = micro_batches
+    if saved:
+        engine.load_state_dict(saved)
+    for x_start, labels in batches.starting_at(engine.step):
+        if engine.step == until:
+            break
+        engine.train_step(x_start, labels)
+    state = engine.state_dict()
+    x_start, labels = torch.rand(3, 3, 16, 16, generator=torch.manual_seed(9)), torch.arange(3)
+    loss = engine.validation_loss(engine.ema_model, x_start, labels, 2)
+    return state, engine.take_metrics(), loss
+
+
+def work(rank: int, world_size: int, folder: Path, options: dict) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    if "saved" in options:
+        options["saved"] = torch.load(options["saved"])
+    torch.save(train(Processes(rank, world_size, rank), **options), folder / f"{rank}.pt")
+    processes.leave()
+
+
+@pytest.fixture(scope="module")
+def context():
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["conditional_diffusion"])
+    return found
+
+
+@pytest.fixture
+def together(context, tmp_path):
+    """together(world_size, **options): what train returns in every process."""
+
+    def run(world_size: int, **options) -> list:
+        (tmp_path / "store").unlink(missing_ok=True)
+        if "saved" in options:  # not through the pipe, where every tensor is an open file
+            torch.save(options["saved"], tmp_path / "saved.pt")
+            options["saved"] = tmp_path / "saved.pt"
+        started = [context.Process(target=work, args=(rank, world_size, tmp_path, options))
+                   for rank in range(world_size)]  # fmt: skip
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(120)
+            assert process.exitcode == 0
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+
+    return run
+
+
+def assert_same_training(found, expected) -> None:
+    (state, metrics, loss), (expected_state, expected_metrics, expected_loss) = found, expected
+    start = build_engine(Processes())[0].model.state_dict()
+    for part in ("model", "ema"):
+        # Against the way that training has gone. Adam makes whole steps of gradients that are but
+        # rounding, so that single weights may differ by more than the rest.
+        way, apart = (torch.cat([(a[name] - b[name]).flatten() for name in start]).norm()
+                      for a, b in ((expected_state[part], start),
+                                   (state[part], expected_state[part])))  # fmt: skip
+        assert way > 0.1 and apart < 1e-3 * way, f"{part}: {apart / way:.2g}"
+    for name in ("step", "images_seen", "skipped_steps"):
+        assert metrics[name] == expected_metrics[name]
+    for name in ("loss", "loss_quarters", "grad_norm"):
+        assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4), name
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("world_size, micro_batches", [(2, 1), (2, 2), (4, 1)])
+def test_weights_and_metrics_are_those_of_one_process(together, world_size, micro_batches):
+    found = together(world_size, micro_batches=micro_batches)
+    assert_same_training(found[0], train(Processes()))
+    for other in found[1:]:  # all hold the same weights, bit for bit
+        assert_identical(other[0]["model"], found[0][0]["model"])
+        assert_identical(other[0]["ema"], found[0][0]["ema"])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(together):
+    half = train(Processes(), until=2)[0]
+    assert_same_training(together(2, saved=half)[0], train(Processes()))
+    half = together(2, until=2)[0][0]
+    assert_same_training(train(Processes(), saved=half), train(Processes()))
+
+
+class Pretended(Processes):
+    """The first of two processes; the other one needs four parts and has other data."""
+
+    def sum(self, tensor):
+        return tensor
+
+    def extreme(self, value, *, largest):
+        return max(value, 4)
+
+    def averaging(self, model):
+        return torch.nn.Sequential(model)
+
+    def from_leader(self, work):
+        return "another fingerprint"
+
+
+def test_memory_is_agreed_on_before_training_and_lacking_later_ends_the_run(monkeypatch):
+    engine, batches = build_engine(Pretended(0, 2))
+    batch = next(batches.starting_at(0))
+    engine.try_memory(*batch)
+    assert engine.micro_batches == 4 and engine.step == 0
+
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "_compute_gradients", run_out)
+    with pytest.raises(OutOfMemory, match="process 0 of 2; continue with a smaller"):
+        engine.train_step(*batch)
+
+
+def test_other_data_than_the_leaders_is_refused():
+    splits = draw_pictograms(DataConfig(image_size=16, samples_per_class=1), seed=0)
+    train_model.require_equal_data(splits, Processes())
+    with pytest.raises(DataError, match="process 1 has other training images"):
+        train_model.require_equal_data(splits, Pretended(1, 2))
+
+
+def launch(folder: Path, *arguments, gpus: int = 2) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "launch.py", "--gpus", str(gpus), *arguments]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)  # fmt: skip
+
+
+TRAIN = [ROOT / "train_model.py", "--full", *PICTOGRAMS, "--samples", "10", "--batch-size", "10",
+         "--train.save_every", "5", "--train.log_every", "5"]  # fmt: skip
+
+
+def workers(launcher: subprocess.Popen) -> list[int]:
+    """The processes of a launcher, in the order of their ranks."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    of_training = [pid for pid in map(int, children)
+                   if b"train_model.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+    return sorted(
+        of_training,
+        key=lambda pid: b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes(),
+    )
+
+
+def wait_for_checkpoint(folder: Path, launcher: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/checkpoint_*.pt")):
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_pictures_and_scores_are_those_of_one_process(tmp_path):
+    """Three rows for two processes; the same batches, so that the pictures are equal to the bit."""
+    assert launch(tmp_path, *TRAIN, "--epochs", "1", gpus=1).wait() == 0
+    drawn = {}
+    for gpus in (1, 2):
+        done = launch(tmp_path, ROOT / "generate_samples.py", "--samples", "3", "--batch-size", "5",
+                      "--output", f"by_{gpus}", "--device", "cpu", gpus=gpus)  # fmt: skip
+        said = done.communicate(timeout=120)[0]
+        assert done.returncode == 0, said
+        assert said.count("grid: ") == 1
+        drawn[gpus] = {path.name: path.read_bytes() for path in tmp_path.glob(f"by_{gpus}/*")}
+    assert len(drawn[1]) == 32 and drawn[1].keys() == drawn[2].keys()
+    assert [name for name in drawn[1] if drawn[1][name] != drawn[2][name]] == []
+
+    for label, name in enumerate(CLASS_NAMES):  # few, on which a classifier is trained at once
+        for number in range(2):
+            path = tmp_path / "pictures" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (25 * label, 100 * number, 80)).save(path)
+    for gpus in (1, 2):
+        done = launch(tmp_path, ROOT / "evaluate_samples.py", "--samples", "3", "--no-inception",
+                      "--batch-size", "5", "--device", "cpu", "--output", f"scores_{gpus}",
+                      "--dataset", "cifar10", "--data-dir", "pictures", gpus=gpus)  # fmt: skip
+        said = done.communicate(timeout=120)[0]
+        assert done.returncode == 0, said
+    one, two = (json.loads((tmp_path / f"scores_{gpus}" / "scores.jsonl").read_text())
+                for gpus in (1, 2))  # fmt: skip
+    assert one["n"] == two["n"] == 30
+    assert one["colour"] == two["colour"] and one["agreement"] == two["agreement"]
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_launched_run_ends_well_and_only_one_process_speaks(tmp_path):
+    launcher = launch(tmp_path, *TRAIN, "--epochs", "1")
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 0, said
+    assert said.count("full run: ") == 1 and "cpu in 2 processes" in said
+    steps = [r["step"] for r in read_metrics(tmp_path / "checkpoints") if r["kind"] == "train"]
+    assert steps == [1, 5, 10]
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_killed_process_ends_the_run_with_its_name(tmp_path):
+    launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
+    wait_for_checkpoint(tmp_path, launcher)
+    victim = workers(launcher)[1]
+    os.kill(victim, signal.SIGKILL)
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 1 and "Traceback" not in said, said
+    (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"process 1 (pid {victim}) was killed by SIGKILL" in sentence
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_sigterm_saves_and_ends_all(tmp_path):
+    launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
+    wait_for_checkpoint(tmp_path, launcher)
+    pids = workers(launcher)
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 128 + signal.SIGTERM, said
+    assert "stopped and saved at step" in said and "Traceback" not in said
+    assert "death signal" not in said  # torch's own words for it
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_killed_launcher_leaves_no_process_and_no_step_behind(tmp_path):
+    launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
+    wait_for_checkpoint(tmp_path, launcher)
+    pids = workers(launcher)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert json.loads((tmp_path / "checkpoints" / "run.json").read_text())["state"] == "interrupted"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_directory")
+def test_two_launchers_stand_for_two_machines(tmp_path):
+    """On loopback, each in a directory of its own: results appear on machine 0 alone; when a
+    process of machine 1 is killed, both end and go on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    folders = [tmp_path / name for name in ("first", "second")]
+    launchers = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        nodes = ["--nodes", "2", "--node-rank", str(rank), "--rendezvous", meeting]
+        launchers.append(
+            launch(folder, *nodes, "--restarts", "1", *TRAIN, "--epochs", "60", gpus=1)
+        )
+    wait_for_checkpoint(folders[0], launchers[0])
+    os.kill(workers(launchers[1])[0], signal.SIGKILL)
+    said = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    assert "cpu in 2 processes" in said[0] and "continuing at step" in said[0]
+    assert "full run" not in said[1] and not (folders[1] / "checkpoints").exists()
+    assert (folders[0] / "checkpoints" / "checkpoint_00000600.pt").exists()
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_restart_goes_on_from_the_last_checkpoint(tmp_path):
+    launcher = launch(tmp_path, "--restarts", "1", *TRAIN, "--epochs", "60", "--fresh")
+    wait_for_checkpoint(tmp_path, launcher)
+    os.kill(workers(launcher)[1], signal.SIGKILL)
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 0 and "continuing at step" in said, said
+    assert (tmp_path / "checkpoints" / "checkpoint_00000600.pt").exists()
+
+
+@pytest.mark.usefixtures("own_directory")
+@pytest.mark.parametrize("arguments, word", [
+    (["--batch-size", "1"], "too small for 2 processes"),
+    (["--train.learning_rate", "fast"], "train.learning_rate"),
+])  # fmt: skip
+def test_a_mistake_is_one_clear_sentence(tmp_path, arguments, word):
+    launcher = launch(tmp_path, *TRAIN, *arguments)
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 1 and "Traceback" not in said and word in said, said
