@@ -20,7 +20,8 @@ endif
 
 # Variables become flags; a value may hold spaces. ARGS= hands on anything else.
 flag = $(if $(value $(1)),$(2) '$(subst ','\'',$(value $(1)))')
-LAUNCH = $(PYTHON) $(if $(GPUS)$(NODES),launch.py $(call flag,GPUS,--gpus) \
+LAUNCH = $(PYTHON) $(if $(GPUS)$(NODES)$(RESTARTS),launch.py \
+  $(call flag,GPUS,--gpus) $(if $(GPUS)$(NODES),,--gpus 1) \
   $(call flag,NODES,--nodes) $(call flag,NODE_RANK,--node-rank) \
   $(call flag,RENDEZVOUS,--rendezvous) $(call flag,RESTARTS,--restarts))
 TRAIN_FLAGS = $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \

@@ -26,7 +26,8 @@ SAMPLING_FLAGS = {
 }
 
 # Environment variables that launch.py sets for the processes it starts.
-STATUS_FILE = "TRAINING_STATUS_FILE"  # where they leave a status they agree on
+LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave for it what follows
+STATUS, MISTAKE = "status", "mistake"  # one they agree on; the sentence for a user's mistake
 COMMAND = "TRAINING_COMMAND"  # what continues their run
 LOST_STATUS = 76  # of a process that ends because another one did; a protocol error in sysexits.h
 
@@ -38,14 +39,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"error: {message}; `python {self.prog} --help` lists what there is\n")
+        sys.exit(mistake(f"{message}; `python {self.prog} --help` lists what there is", 2))
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             word = unknown[0].split("=")[0]
-            self.exit(2, f"error: unknown argument {word!r}; {nearest_flag(word, flags)}\n")
+            sys.exit(mistake(f"unknown argument {word!r}; {nearest_flag(word, flags)}", 2))
         return parsed
 
 
@@ -143,7 +144,10 @@ def join_processes():
 
 def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception], ...]) -> None:
     """Call main and exit; a user's mistake becomes one sentence on stderr and status 1."""
-    status = status_of(main, user_errors)
+    # What was a mistake before a restart still is one.
+    launched = os.environ.get(LAUNCH_FOLDER)
+    hopeless = launched and Path(launched, MISTAKE).exists()
+    status = 1 if hopeless else status_of(main, user_errors)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # At once: a thread of torch.distributed that lets go of a tensor while the interpreter is
         # being taken down would abort the process.
@@ -157,7 +161,7 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
     """What main returns, or 1 after a user's mistake.
 
     A status that main returns is one that all processes agree on: where launch.py started them, it
-    is left for it in a file, because to torchrun every other status than 0 is a failure.
+    is left for it, because to torchrun every other status than 0 is a failure.
     """
     try:
         status = main() or 0
@@ -182,12 +186,16 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
         return mistake("out of memory; end what else uses the device, or choose smaller settings")
     except KeyboardInterrupt:
         return 130
-    if status and os.environ.get(STATUS_FILE):
-        Path(os.environ[STATUS_FILE]).write_text(str(status))
+    if status and os.environ.get(LAUNCH_FOLDER):
+        Path(os.environ[LAUNCH_FOLDER], STATUS).write_text(str(status))
         return 0
     return status
 
 
-def mistake(sentence: object) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 1
+def mistake(sentence: object, status: int = 1) -> int:
+    """Say what the user got wrong, or let launch.py say it once for all processes."""
+    if launched := os.environ.get(LAUNCH_FOLDER):
+        Path(launched, MISTAKE).write_text(str(sentence))
+    else:
+        print(f"error: {sentence}", file=sys.stderr)
+    return status

@@ -18,8 +18,10 @@ from pathlib import Path
 
 from command_line import (
     COMMAND,
+    LAUNCH_FOLDER,
     LOST_STATUS,
-    STATUS_FILE,
+    MISTAKE,
+    STATUS,
     Parser,
     exit_with,
     parse_count,
@@ -84,14 +86,17 @@ def rendezvous_of(args, nodes: int) -> dict:
             "rdzv_configs": {"rank": rank, "timeout": 600}}  # fmt: skip
 
 
-def describe_failure(failures: dict, logs: Path, restarts: int) -> str:
+def describe_failure(failures: dict, folder: Path, restarts: int) -> str:
     """The process that failed first, and why, in a sentence; what it said is printed before."""
+    mistake = folder / MISTAKE
+    if mistake.exists():
+        return mistake.read_text()
     # Those that lost the others, or were ended after them, are not the cause, unless that is on
     # another machine.
     followed = (LOST_STATUS, -signal.SIGTERM)
     culprits = {r: f for r, f in failures.items() if f.exitcode not in followed} or failures
     rank, failure = min(culprits.items(), key=lambda item: (item[1].timestamp, item[0]))
-    said = [line for path in sorted(logs.glob(f"*/attempt_{restarts}/{failure.local_rank}/*.log"))
+    said = [line for path in sorted(folder.glob(f"*/attempt_{restarts}/{failure.local_rank}/*.log"))
             for line in path.read_text(errors="replace").splitlines()]  # fmt: skip
     print(*said[-TAIL:], sep="\n", file=sys.stderr, end="\n" if said else "")
     if failure.exitcode < 0:
@@ -129,22 +134,22 @@ def main() -> int:
     leader_here = nodes == 1 or args.node_rank == "0"
     silent = {rank: Std.ALL for rank in range(gpus) if rank > 0 or not leader_here}
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
-        status_file = Path(folder) / "status"
-        os.environ[STATUS_FILE] = str(status_file)
+        os.environ[LAUNCH_FOLDER], folder = folder, Path(folder)
         launch = elastic_launch(LaunchConfig(
             min_nodes=nodes, max_nodes=nodes, nproc_per_node=gpus, run_id=uuid.uuid4().hex
             if nodes == 1 else "training", max_restarts=restarts,
-            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=silent), **rendezvous,
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=silent), **rendezvous,
         ), script[0])  # fmt: skip
         try:
             launch(*script[1:])
         except ChildFailedError as error:
-            raise ConfigError(describe_failure(error.failures, Path(folder), restarts)) from None
+            raise ConfigError(describe_failure(error.failures, folder, restarts)) from None
         except SignalException as error:
             return 128 + error.sigval
         finally:
-            del os.environ[STATUS_FILE]  # it was for them, not for this process
-        return int(status_file.read_text()) if status_file.exists() else 0
+            del os.environ[LAUNCH_FOLDER]  # it was for them, not for this process
+        agreed = folder / STATUS
+        return int(agreed.read_text()) if agreed.exists() else 0
 
 
 if __name__ == "__main__":

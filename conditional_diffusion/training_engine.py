@@ -297,9 +297,13 @@ class TrainingEngine:
         self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
 
     def rehearse(self, x_start: Tensor, class_labels: Tensor) -> None:
-        """Forward and backward as in the next step, without taking it."""
+        """Forward and backward as in the next step, without taking it.
+
+        Of several processes each rehearses alone: where one fails, none waits for its gradients.
+        """
         try:
-            self._compute_gradients_in_parts(x_start, class_labels)
+            with self._gradients_travel(False):
+                self._compute_gradients_in_parts(x_start, class_labels)
         finally:
             self.optimizer.zero_grad()
 

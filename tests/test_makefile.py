@@ -98,6 +98,8 @@ def test_several_gpus_go_through_the_launcher():
         assert "launch.py --gpus 'all'" in make(
             "-n", target, f"PYTHON={sys.executable}", "GPUS=all"
         ).stdout, target  # fmt: skip
+    alone = make("-n", "train", f"PYTHON={sys.executable}", "RESTARTS=2").stdout
+    assert "launch.py --gpus 1 --restarts '2'" in re.sub(" +", " ", alone)
 
 
 def test_evaluate_hands_its_variables_on():
