@@ -11,9 +11,11 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 from command_line import (
@@ -31,6 +33,8 @@ from config import ConfigError
 USER_ERRORS = (ConfigError,)
 TAIL = 30  # lines of a failed process that are shown
 LOOPBACK = "127.0.0.1"
+TORCH_LEVEL = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
+MEETING_SECONDS = 600  # for machines to start after each other
 
 
 def parse_arguments():
@@ -77,13 +81,20 @@ def rendezvous_of(args, nodes: int) -> dict:
         return {"rdzv_backend": "c10d", "rdzv_endpoint": f"{LOOPBACK}:0",
                 "rdzv_configs": {"is_host": True}, "local_addr": LOOPBACK}  # fmt: skip
     host, _, port = (args.rendezvous or "").rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) not in range(1, 65536):
         raise ConfigError("several machines need --rendezvous HOST:PORT (make: RENDEZVOUS=), "
                           f"machine 0 and a free port of it, not {args.rendezvous!r}")  # fmt: skip
-    # Static, so that machine 0 has rank 0 and thereby the results.
     rank = parse_index("--node-rank", args.node_rank, nodes)
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError as error:
+        raise ConfigError(f"--rendezvous {args.rendezvous} cannot be looked up here: "
+                          f"{error.strerror}") from None  # fmt: skip
+    print(f"machine {rank} of {nodes}: meeting the others at {args.rendezvous}, for up to "
+          f"{MEETING_SECONDS // 60} minutes", flush=True)  # fmt: skip
+    # Static, so that machine 0 has rank 0 and thereby the results.
     return {"rdzv_backend": "static", "rdzv_endpoint": args.rendezvous,
-            "rdzv_configs": {"rank": rank, "timeout": 600}}  # fmt: skip
+            "rdzv_configs": {"rank": rank, "timeout": MEETING_SECONDS}}  # fmt: skip
 
 
 def describe_failure(failures: dict, folder: Path, restarts: int) -> str:
@@ -110,46 +121,71 @@ def describe_failure(failures: dict, folder: Path, restarts: int) -> str:
             f"the last checkpoint: {again}")  # fmt: skip
 
 
-def main() -> int:
-    args, arguments = parse_arguments()
-    gpus, nodes = count_gpus(args.gpus), parse_count("--nodes", args.nodes)
-    restarts = parse_index("--restarts", args.restarts, 1000)
-    if not Path(args.script).is_file():
-        raise ConfigError(f"{args.script} is no script here")
-    script = [sys.executable, args.script, *arguments]
-    if gpus == nodes == 1 and not restarts:
-        sys.stdout.flush()
-        os.execv(sys.executable, script)
-    rendezvous = rendezvous_of(args, nodes)
-
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # What it reports of failures is said below, once and shorter.
+@contextmanager
+def loading_quietly():
+    """What torch would report of the launcher's own troubles is said here, once and shorter."""
     logging.disable(logging.CRITICAL)
-    again = [word for word in sys.argv if word != "--fresh"]
-    os.environ[COMMAND] = shlex.join([sys.executable, *again])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
-    leader_here = nodes == 1 or args.node_rank == "0"
+    level = os.environ.get(TORCH_LEVEL)
+    os.environ[TORCH_LEVEL] = "FATAL"
+    try:
+        yield
+    finally:  # the processes may say what they want
+        del os.environ[TORCH_LEVEL]
+        if level is not None:
+            os.environ[TORCH_LEVEL] = level
+
+
+def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: dict, *,
+           leader_here: bool) -> int:  # fmt: skip
+    """Run a Python script in so many processes; returns the status they agree on."""
+    with loading_quietly():
+        from torch.distributed import DistError
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     silent = {rank: Std.ALL for rank in range(gpus) if rank > 0 or not leader_here}
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         os.environ[LAUNCH_FOLDER], folder = folder, Path(folder)
-        launch = elastic_launch(LaunchConfig(
+        processes = elastic_launch(LaunchConfig(
             min_nodes=nodes, max_nodes=nodes, nproc_per_node=gpus, run_id=uuid.uuid4().hex
             if nodes == 1 else "training", max_restarts=restarts,
             logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=silent), **rendezvous,
-        ), script[0])  # fmt: skip
+        ), sys.executable)  # fmt: skip
         try:
-            launch(*script[1:])
+            processes(*script)
         except ChildFailedError as error:
             raise ConfigError(describe_failure(error.failures, folder, restarts)) from None
         except SignalException as error:
             return 128 + error.sigval
+        except DistError as error:
+            reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+            raise ConfigError(
+                f"no meeting at {rendezvous['rdzv_endpoint']}: {reason}; start the same command on "
+                "every machine, with a port that is free and open on machine 0"
+            ) from None
         finally:
             del os.environ[LAUNCH_FOLDER]  # it was for them, not for this process
         agreed = folder / STATUS
         return int(agreed.read_text()) if agreed.exists() else 0
+
+
+def main() -> int:
+    args, arguments = parse_arguments()
+    with loading_quietly():
+        gpus, nodes = count_gpus(args.gpus), parse_count("--nodes", args.nodes)
+    restarts = parse_index("--restarts", args.restarts, 1000)
+    if not Path(args.script).is_file():
+        raise ConfigError(f"{args.script} is no script here")
+    script = [args.script, *arguments]
+    if gpus == nodes == 1 and not restarts:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *script])
+    again = [word for word in sys.argv if word != "--fresh"]
+    os.environ[COMMAND] = shlex.join([sys.executable, *again])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    return launch(script, gpus, nodes, restarts, rendezvous_of(args, nodes),
+                  leader_here=nodes == 1 or args.node_rank == "0")  # fmt: skip
 
 
 if __name__ == "__main__":

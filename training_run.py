@@ -309,7 +309,7 @@ class Run:
         if engine.step < engine.total_steps:
             first = next(self.batches.starting_at(engine.step))
             if self.processes.several:
-                engine.try_memory(*first)
+                engine.rehearse(*first)
             if switched_on(train.compile, self.device):
                 compile_training(engine, first)
         save_due, log_due = every(train.save_every), every(train.log_every)

@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -117,9 +118,14 @@ class Processes:
         return sent.bool().tolist()
 
     def averaging(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over all processes in every backward pass."""
+        """The model, its gradients averaged over all processes in every backward pass.
+
+        Once per model: what an earlier call has attached to its parameters stays there.
+        """
         if not self.several:
             return model
+        # Of dimensions of length one, of which 1x1 convolutions have two; it means nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # The buffers are constants, the same everywhere; torch 2.14 has renamed the setting.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

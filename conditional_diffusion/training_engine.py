@@ -172,9 +172,9 @@ class TrainingEngine:
         )
         # torch's AveragedModel would wait for the device at every step.
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
-        # What the training steps call: the model, the wrapper that averages its gradients over the
-        # processes, or the compiled form of either.
-        self.network = self.processes.averaging(model)
+        # What the training steps call: the model or its compiled form; once tied, inside what
+        # averages its gradients over the processes.
+        self.network, self.tied = model, False
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
@@ -188,6 +188,8 @@ class TrainingEngine:
         TrainingDiverged, weights still untouched, once more than max_skipped_steps follow each
         other; on CUDA not before the next take_metrics, which is the first to look.
         """
+        if self.processes.several and not self.tied:
+            self._tie()
         batch_size = len(class_labels)
         losses, timesteps = self._compute_gradients_in_parts(x_start, class_labels)
         self.scaler.unscale_(self.optimizer)
@@ -212,6 +214,14 @@ class TrainingEngine:
         if self.device.type != "cuda":
             self._check_budget()
 
+    def _tie(self) -> None:
+        """Make one step of what the processes do; the number of parts must then be the same.
+
+        Later none of them could split a batch that the others have not split.
+        """
+        self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
+        self.network, self.tied = self.processes.averaging(self.network), True
+
     @torch.no_grad()
     def _update_average(self, batch_size: int) -> None:
         """One step of the average; after a skipped one it moves towards the unchanged weights."""
@@ -231,7 +241,7 @@ class TrainingEngine:
             except MEMORY_ERRORS as error:
                 reraise_unless_out_of_memory(error)
             # Out here nothing holds on to the memory of the attempt any more.
-            if self.network is not self.model and self.processes.several:
+            if self.tied:
                 # The others are already waiting for the gradients of the whole share.
                 raise OutOfMemory(
                     f"out of memory at step {self.step} in process {self.processes.rank} of "
@@ -281,29 +291,16 @@ class TrainingEngine:
 
     def _gradients_travel(self, now: bool) -> contextlib.AbstractContextManager:
         """Between processes: once per step, with its last part, which carries the sum of all."""
-        averages = self.processes.several and self.network is not self.model
-        return self.network.no_sync() if averages and not now else contextlib.nullcontext()
-
-    def try_memory(self, x_start: Tensor, class_labels: Tensor) -> None:
-        """Find out in how many parts the steps of several processes must go, and agree on it.
-
-        Later none of them could split a batch that the others have not split.
-        """
-        averaging, self.network = self.network, self.model
-        try:
-            self.rehearse(x_start, class_labels)
-        finally:
-            self.network = averaging
-        self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
+        return self.network.no_sync() if self.tied and not now else contextlib.nullcontext()
 
     def rehearse(self, x_start: Tensor, class_labels: Tensor) -> None:
         """Forward and backward as in the next step, without taking it.
 
-        Of several processes each rehearses alone: where one fails, none waits for its gradients.
+        Finds out how many parts memory needs and whether a compiled network works, which several
+        processes do before their first step, each for itself.
         """
         try:
-            with self._gradients_travel(False):
-                self._compute_gradients_in_parts(x_start, class_labels)
+            self._compute_gradients_in_parts(x_start, class_labels)
         finally:
             self.optimizer.zero_grad()
 

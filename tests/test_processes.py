@@ -1,5 +1,6 @@
 """Several processes train as one does: the same batches, weights and validation losses."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -90,10 +91,11 @@ def compile_in_the_first_of_two(group: Processes) -> tuple[bool, dict]:
 
     torch.compile = compiler
     engine, batches = build_engine(group)
-    plain, batch = engine.network, next(batches.starting_at(0))
+    batch = next(batches.starting_at(0))
     training_run.compile_training(engine, batch)
+    without = engine.network is engine.model
     engine.train_step(*batch)
-    return engine.network is plain, engine.state_dict()["model"]
+    return without, engine.state_dict()["model"]
 
 
 def work(task, rank: int, world_size: int, folder: Path, options: dict) -> None:
@@ -174,6 +176,13 @@ def test_a_compiler_that_one_process_lacks_is_used_by_none(together):
     assert_identical(weights, others)
 
 
+class Tied(torch.nn.Sequential):
+    no_sync = contextlib.nullcontext
+
+    def forward(self, *arguments):
+        return self[0](*arguments)
+
+
 class Pretended(Processes):
     """The first of two processes; the other one needs four parts and has other data."""
 
@@ -184,17 +193,17 @@ class Pretended(Processes):
         return max(value, 4)
 
     def averaging(self, model):
-        return torch.nn.Sequential(model)
+        return Tied(model)
 
     def from_leader(self, work):
         return "another fingerprint"
 
 
-def test_memory_is_agreed_on_before_training_and_lacking_later_ends_the_run(monkeypatch):
+def test_parts_are_agreed_on_before_training_and_lacking_later_ends_the_run(monkeypatch):
     engine, batches = build_engine(Pretended(0, 2))
     batch = next(batches.starting_at(0))
-    engine.try_memory(*batch)
-    assert engine.micro_batches == 4 and engine.step == 0
+    engine.train_step(*batch)
+    assert engine.micro_batches == 4 and engine.step == 1
 
     def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -212,9 +221,12 @@ def test_other_data_than_the_leaders_is_refused():
 
 
 def launch(folder: Path, *arguments, gpus: int = 2) -> subprocess.Popen:
+    """One thread per process: more of them than cores would mostly wait for each other."""
     command = [sys.executable, ROOT / "launch.py", "--gpus", str(gpus), *arguments]
-    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 TRAIN = [ROOT / "train_model.py", "--full", *PICTOGRAMS, "--samples", "10", "--batch-size", "10",
@@ -327,7 +339,6 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("own_directory")
 def test_two_launchers_stand_for_two_machines(tmp_path):
     """On loopback, each in a directory of its own: results appear on machine 0 alone; when a
@@ -341,7 +352,7 @@ def test_two_launchers_stand_for_two_machines(tmp_path):
         folder.mkdir()
         nodes = ["--nodes", "2", "--node-rank", str(rank), "--rendezvous", meeting]
         launchers.append(
-            launch(folder, *nodes, "--restarts", "1", *TRAIN, "--epochs", "60", gpus=1)
+            launch(folder, *nodes, "--restarts", "1", *TRAIN, "--epochs", "10", gpus=1)
         )
     wait_for_checkpoint(folders[0], launchers[0])
     os.kill(workers(launchers[1])[0], signal.SIGKILL)
@@ -349,17 +360,17 @@ def test_two_launchers_stand_for_two_machines(tmp_path):
     assert [launcher.returncode for launcher in launchers] == [0, 0], said
     assert "cpu in 2 processes" in said[0] and "continuing at step" in said[0]
     assert "full run" not in said[1] and not (folders[1] / "checkpoints").exists()
-    assert (folders[0] / "checkpoints" / "checkpoint_00000600.pt").exists()
+    assert (folders[0] / "checkpoints" / "checkpoint_00000100.pt").exists()
 
 
 @pytest.mark.usefixtures("own_directory")
 def test_a_restart_goes_on_from_the_last_checkpoint(tmp_path):
-    launcher = launch(tmp_path, "--restarts", "1", *TRAIN, "--epochs", "60", "--fresh")
+    launcher = launch(tmp_path, "--restarts", "1", *TRAIN, "--epochs", "10", "--fresh")
     wait_for_checkpoint(tmp_path, launcher)
     os.kill(workers(launcher)[1], signal.SIGKILL)
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 0 and "continuing at step" in said, said
-    assert (tmp_path / "checkpoints" / "checkpoint_00000600.pt").exists()
+    assert (tmp_path / "checkpoints" / "checkpoint_00000100.pt").exists()
 
 
 @pytest.mark.usefixtures("own_directory")
@@ -373,3 +384,34 @@ def test_a_mistake_is_one_clear_sentence(tmp_path, arguments, word):
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 1 and word in said, said
     assert said.splitlines()[-1].startswith("error: ") and said.count("\n") <= 2  # one of data
+
+
+@pytest.mark.usefixtures("own_directory")
+@pytest.mark.parametrize("flags, word", [
+    (["--gpus", "many"], "--gpus"),
+    (["--restarts", "-1"], "--restarts"),
+    (["--gpu", "2"], "'--gpus'"),
+    (["--nodes", "2"], "--rendezvous HOST:PORT"),
+    (["--nodes", "2", "--rendezvous", "first:99999"], "'first:99999'"),
+    (["--nodes", "2", "--rendezvous", "nowhere.invalid:29500"], "cannot be looked up"),
+    (["--nodes", "2", "--node-rank", "2", "--rendezvous", "127.0.0.1:29500"], "--node-rank"),
+])  # fmt: skip
+def test_a_mistake_of_the_launch_is_one_clear_sentence(tmp_path, flags, word):
+    launcher = launch(tmp_path, *flags, *TRAIN, gpus=1)
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode in (1, 2)
+    assert said.startswith("error: ") and said.count("\n") == 1 and word in said, said
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_machines_that_cannot_meet_say_where_and_why(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        meeting = f"127.0.0.1:{taken.getsockname()[1]}"
+        launcher = launch(tmp_path, "--nodes", "2", "--rendezvous", meeting, *TRAIN, gpus=1)
+        said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 1
+    first, second = said.splitlines()
+    assert first.startswith("machine 0 of 2")
+    assert second.startswith(f"error: no meeting at {meeting}")
