@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
 from health import quarter_words, verdict
-from training_monitor import RUN_DIRECTORIES, read_metrics
+from training_monitor import RUN_DIRECTORIES, duration, read_metrics, time_left
 
 NO_RUN = "No training run yet: type `make demo` for a small one or `make train`."
 UNKNOWN = {"state": "unknown: run.json is missing or damaged", "device": "unknown device",
@@ -93,15 +93,6 @@ def find_runs(root: Path) -> list[Run]:
     return runs
 
 
-def duration(seconds: float) -> str:
-    minutes = int(seconds) // 60
-    if minutes < 60:
-        return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
-    if minutes < 1440:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
-
-
 def state_text(run: Run, now: float) -> str:
     state, ended = run.facts["state"], run.facts["ended"]
     if state == "running":
@@ -131,14 +122,12 @@ def loss_text(records: list[dict], key: str) -> str:
 
 
 def seconds_left(run: Run) -> float | None:
-    """Of a run that lives, at the pace of its last records; None where that is not known."""
-    # Records from before this start are a resumed run's: the pause is no time per step.
-    recent = [r for r in run.train[-20:] if r["time"] >= run.facts["started"]]
-    if run.facts["state"] != "running" or len(recent) < 2:
+    """Of a run that lives; None where that is not known."""
+    if run.facts["state"] != "running":
         return None
-    first, last = recent[0], recent[-1]
-    step_seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
-    return (run.facts["total_steps"] - last["step"]) * step_seconds
+    # Records from before this start are a resumed run's: the pause is no time per step.
+    ours = [record for record in run.train if record["time"] >= run.facts["started"]]
+    return time_left(ours, run.facts["total_steps"])
 
 
 def speed_text(run: Run) -> str:

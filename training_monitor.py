@@ -23,6 +23,7 @@ RUN_DIRECTORIES = {
     "demo": Path("checkpoints_demo"),
     "quick-test": Path("checkpoints_overfit/quick-test"),
 }  # in the order in which `make generate` looks for a checkpoint
+PACE = 20  # records from which the time left is worked out
 LINE_SECONDS = 60  # between progress lines where the output is not a terminal
 FRAME_MILLISECONDS = 100  # of an animation
 SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
@@ -102,6 +103,24 @@ def refuse_second_run(folder: Path) -> None:
         acquire_lock(folder).close()
 
 
+def duration(seconds: float) -> str:
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+    if minutes < 1440:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def time_left(records: Sequence[dict], total_steps: int) -> float | None:
+    """Seconds, at the pace of the last records of a session; None where that is not known."""
+    if len(records) < 2:
+        return None
+    first, last = records[-PACE:][0], records[-1]
+    step_seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
+    return (total_steps - last["step"]) * step_seconds
+
+
 class TrainingMonitor:
     """Owns a run directory while the run lives: lock, records, progress bar, pictures.
 
@@ -159,7 +178,7 @@ class TrainingMonitor:
             total=self.facts["total_steps"], initial=step, unit="step", disable=None,
             dynamic_ncols=True, smoothing=0.1,
         )  # fmt: skip
-        self.last_line, self.first_step, self.began = 0.0, step, time.time()
+        self.last_line, self.records = 0.0, []
 
     def end(self, state: str) -> None:
         """Note how the run ended: "finished" or "interrupted"."""
@@ -194,20 +213,20 @@ class TrainingMonitor:
             self.warnings = 0
             return
         self.append(kind, **values)
+        self.records = [*self.records[-PACE:], {"step": step, "time": time.time()}]
         shown = {"loss": f"{values['loss']:.4f}"}
         shown["images/s"] = f"{values['images_per_second']:.1f}"
         self.bar.set_postfix(shown)
         if self.bar.disable and time.time() - self.last_line >= LINE_SECONDS:
             self.last_line = time.time()
-            say(self.progress_line(step, shown))
+            say(self.progress_line(shown))
 
-    def progress_line(self, step: int, shown: dict) -> str:
+    def progress_line(self, shown: dict) -> str:
         total = self.facts["total_steps"]
-        per_step = (time.time() - self.began) / max(1, step - self.first_step)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (total - step)))
-        return f"step {step}/{total}, " + ", ".join(f"{k} {v}" for k, v in shown.items()) + (
-            f", {left} left"
-        )
+        left = time_left(self.records, total)
+        return f"step {self.records[-1]['step']}/{total}, " + ", ".join(
+            f"{name} {value}" for name, value in shown.items()
+        ) + ("" if left is None else f", {duration(left)} left")  # fmt: skip
 
     def draw_samples(self, step: int, name: str, images, class_names: Sequence[str]) -> Path:
         """A labelled grid of x in [-1, 1], (rows * classes, 3, H, W), classes taking turns."""

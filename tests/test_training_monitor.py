@@ -39,6 +39,24 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
 
 
+def test_progress_lines_know_no_time_left_before_the_second_record(tmp_path, monkeypatch, capsys):
+    """The first one would count what came before the steps, as compiling; 40 min for each of the 90
+    steps are 2 d 12 h."""
+    clock = iter(range(0, 10**9, 24000))
+    with TrainingMonitor(tmp_path, **FACTS) as monitor:
+        monitor.begin(0, {"mode": "demo"})
+        monitor.bar.disable = True
+        for step in (0, 10):
+            now = next(clock)
+            monkeypatch.setattr(training_monitor.time, "time", lambda now=now: now)
+            monitor.last_line = -100
+            monitor.record("train", step=step, **RECORD)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0/100, loss 0.5000, images/s 9.0",
+        "step 10/100, loss 0.5000, images/s 9.0, 2 d 12 h left",
+    ]
+
+
 @pytest.mark.parametrize(
     "error, state", [(KeyboardInterrupt, "interrupted"), (ValueError, "failed")]
 )
