@@ -37,6 +37,7 @@ from build import (
 )
 from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_count
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine
+from conditional_diffusion.processes import average_gradients
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches
@@ -294,6 +295,31 @@ def compare_sizes(report: Report, config: Config, rounds: int, device: torch.dev
                    microseconds_per_pixel=round(1e6 * each / size**2, 3))  # fmt: skip
 
 
+def compare_processes(
+    report: Report, config: Config, rounds: int, device: torch.device
+) -> None:
+    """What a process pays for being one of several, the others' and the network's time apart."""
+    images = config.train.batch_size
+    batch = random_batch(images, config.data.image_size, device)
+    engines = {name: engine_for(build_model(config, device)[0], config, device, images)
+               for name in ("alone", "in a group of one")}  # fmt: skip
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(
+        backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    grouped = engines["in a group of one"]
+    grouped.network = average_gradients(grouped.network)
+    times = time_in_turns(
+        {name: partial(engine.train_step, *batch) for name, engine in engines.items()},
+        rounds, device,
+    )  # fmt: skip
+    torch.distributed.destroy_process_group()
+    for name, values in times.items():
+        report.add("training step", name, values, images)
+    ratios = [group / alone for alone, group in zip(*times.values())]
+    report.note("processes", "in a group of one, against alone", ratio=statistics.median(ratios))
+
+
 def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.device) -> None:
     """What only a GPU shows: batch sizes, each optimisation taken away, whole grids."""
     size = config.data.image_size
@@ -388,6 +414,7 @@ def main() -> int:
             compare_sizes(report, config, rounds, device)
         if on_cuda:
             compare_on_cuda(report, config, rounds, device)
+        compare_processes(report, config, rounds, device)
     return 0
 
 

@@ -118,18 +118,21 @@ class Processes:
         return sent.bool().tolist()
 
     def averaging(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over all processes in every backward pass.
+        """The model, its gradients averaged over all processes in every backward pass."""
+        return average_gradients(model) if self.several else model
 
-        Once per model: what an earlier call has attached to its parameters stays there.
-        """
-        if not self.several:
-            return model
-        # Of dimensions of length one, of which 1x1 convolutions have two; it means nothing.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # The buffers are constants, the same everywhere; torch 2.14 has renamed the setting.
-        known = inspect.signature(DistributedDataParallel).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
+
+def average_gradients(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel.
+
+    Once per model: what an earlier call has attached to its parameters stays there.
+    """
+    # Of dimensions of length one, of which 1x1 convolutions have two; it means nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # The buffers are constants, the same everywhere; torch 2.14 has renamed the setting.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def join() -> Processes:

@@ -36,7 +36,10 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     assert share == pytest.approx(
         found["data", "ours"]["seconds_per_image"] / step["seconds_per_image"]
     )
-    assert {name for what, name in found if what == "training step"} == {"ours", "16x16", "32x32"}
+    assert {name for what, name in found if what == "training step"} == {
+        "ours", "16x16", "32x32", "alone", "in a group of one"
+    }  # fmt: skip
+    assert found["processes", "in a group of one, against alone"]["ratio"] > 0
     assert multiprocessing.active_children() == []
 
 
