@@ -5,11 +5,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 SPIKE = 2.0  # times the median of the records before
-DEAD = 0.98  # of the loss at the start: above it nothing has been learned
-STUCK = 0.99  # the same for a single noise level, of which those with most noise learn little
+STUCK = 0.99  # of the loss at the start: above it nothing has been learned
 FIRST, RECENT = 5, 20  # records that stand for the start and for now
-# Records before the loss is called flat. Healthy runs on CIFAR-10 were at 0.99 of their start after
-# 20 records and at 0.94 after 40: they begin at the linear guess, which is good already.
+# Records at the full learning rate before a loss is called flat. Healthy runs on CIFAR-10 were at
+# 0.99 of their start 20 records after it and at 0.94 after 40: they begin at the linear guess,
+# which is good already.
 JUDGED = 40
 LAG = 1.1  # times the loss of the raw weights: the average is too slow
 # Times the loss with the labels: above it the null label is foreign to the network. A late sign:
@@ -26,19 +26,19 @@ class LossWatch:
     """Warns of a loss that jumps, and, once, of one that never leaves its start value.
 
     Args:
-        losses: of the records that a continued run has written before.
+        records: of training, that a continued run has written before.
     """
 
-    def __init__(self, losses: Iterable[float] = ()):
+    def __init__(self, records: Iterable[dict] = ()):
         self.first: list[float] = []
         self.recent: deque[float] = deque(maxlen=RECENT)
-        self.count, self.said_dead = 0, False
-        for loss in losses:
-            self.warnings(loss)
+        self.highest_rate, self.count, self.said_dead = 0.0, 0, False
+        for record in records:
+            self.warnings(record)
 
-    def warnings(self, loss: float) -> list[str]:
-        """Take the loss of the next record; the sentences that it calls for."""
-        found = []
+    def warnings(self, record: dict) -> list[str]:
+        """Take the next record; the sentences that its loss calls for."""
+        found, loss = [], record["loss"]
         if len(self.recent) >= RECENT // 2:
             usual = statistics.median(self.recent)
             if loss > SPIKE * usual:
@@ -51,9 +51,11 @@ class LossWatch:
             self.first.append(loss)
         self.recent.append(loss)
         self.count += 1
+        if record["learning_rate"] > self.highest_rate:  # still warming up
+            self.highest_rate, self.count = record["learning_rate"], 0
         if self.count >= JUDGED and not self.said_dead:
             start, now = statistics.fmean(self.first), statistics.fmean(self.recent)
-            if now > DEAD * start:
+            if now > STUCK * start:
                 self.said_dead = True
                 found.append(
                     f"loss {now:.4g} is still where it began ({start:.4g}): nothing is learned; "
@@ -69,10 +71,12 @@ def quarter_words(train: Sequence[dict]) -> list[str]:
     is more than STUCK of the start, diverging more than SPIKE times the best.
     """
     words = []
+    rates = [record["learning_rate"] for record in train]
+    warmup = rates.index(max(rates)) + 1 if rates else 0
     for quarter in range(len(train[-1]["loss_quarters"]) if train else 0):
         losses = [record["loss_quarters"][quarter] for record in train]
         losses = [loss for loss in losses if loss is not None]
-        if len(losses) < JUDGED:
+        if len(train) - warmup < JUDGED or len(losses) < JUDGED:
             words.append("too early")
             continue
         stretches = [statistics.fmean(losses[i : i + RECENT])

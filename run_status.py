@@ -218,7 +218,7 @@ def curve_rows(run: Run, now: float, room: int) -> list[tuple[str, str]]:
     """What the monitor shows beside the words."""
     last, total = run.train[-1], run.facts["total_steps"]
     share = last["step"] / total if total else 0
-    bar = (BLOCKS[-1] * int(share * room)).ljust(room, BLOCKS[0])
+    bar = (BLOCKS[-1] * int(share * room)).ljust(room)
     quarters = ["n/a" if loss is None else f"{loss:.4g}" for loss in last["loss_quarters"]]
     return [
         ("done", f"[{bar}] {share:.1%}"),

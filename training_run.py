@@ -127,7 +127,7 @@ class Run:
         self.energy_meter = EnergyMeter(gpu_uuid(device))
         self.reported_skips = self.engine.skipped_steps
         self.loss_watch = LossWatch(
-            record["loss"] for record in read_metrics(folder)
+            record for record in read_metrics(folder)
             if record["kind"] == "train" and record["step"] <= self.engine.step
         )  # fmt: skip
         self.validation = self.spread_images(splits["test"], train.validation_images)
@@ -198,7 +198,7 @@ class Run:
             return
         monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device),
                        energy_joules=energy_joules)  # fmt: skip
-        for warning in self.loss_watch.warnings(loss):
+        for warning in self.loss_watch.warnings(metrics):
             monitor.warn(step, warning)
 
     def validate(self, monitor: TrainingMonitor | None) -> None:

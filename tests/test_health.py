@@ -7,10 +7,19 @@ import torch
 
 from health import JUDGED, LossWatch, picture_findings, quarter_words, validation_findings
 
+WARMUP = 5  # records
+
 
 def course(*losses: float) -> list[str]:
     watch = LossWatch()
-    return [sentence for loss in losses for sentence in watch.warnings(loss)]
+    return [sentence for record in records(losses) for sentence in watch.warnings(record)]
+
+
+def records(losses, **more) -> list[dict]:
+    """Training records of these mean losses, every quarter at the same loss."""
+    return [{"step": 10 * n, "loss": loss, "loss_quarters": [loss] * 4, "grad_norm": 1.0,
+             "learning_rate": 1e-4 * min(n, WARMUP), **more}
+            for n, loss in enumerate(losses, start=1)]  # fmt: skip
 
 
 def falling(count: int) -> list[float]:
@@ -42,7 +51,8 @@ def test_a_loss_that_never_falls_is_reported_once():
     flat = [0.5 * noise.uniform(0.99, 1.01) for _ in range(100)]
     (sentence,) = course(*flat)
     assert "still where it began" in sentence
-    assert course(*flat[: JUDGED - 1]) == []  # too early to tell
+    assert len(course(*flat[: WARMUP + JUDGED])) == 1
+    assert course(*flat[: WARMUP + JUDGED - 1]) == []  # too early to tell
 
 
 def test_a_run_that_begins_well_and_learns_slowly_is_left_in_peace():
@@ -55,14 +65,9 @@ def test_a_plateau_below_the_start_is_no_dead_run():
 
 
 def test_a_continued_run_remembers_what_was_usual():
-    assert LossWatch(falling(50)).warnings(0.5)
-    assert not LossWatch([0.5] * 50).warnings(0.5)  # said before the interruption
-
-
-def records(losses, **more) -> list[dict]:
-    """Training records of these mean losses, every quarter at the same loss."""
-    return [{"step": 10 * n, "loss": loss, "loss_quarters": [loss] * 4, "grad_norm": 1.0, **more}
-            for n, loss in enumerate(losses, start=1)]  # fmt: skip
+    next_one = records([0.5] * 51)[-1]
+    assert LossWatch(records(falling(50))).warnings(next_one)
+    assert not LossWatch(records([0.5] * 50)).warnings(next_one)  # said before the interruption
 
 
 def test_every_noise_level_has_a_word():
@@ -71,7 +76,7 @@ def test_every_noise_level_has_a_word():
         grows = 0.1 + 0.02 * max(0, n - 40)
         record["loss_quarters"] = [0.9**n + 0.1, 0.5, grows, None if n < 45 else 0.3]
     assert quarter_words(train) == ["normal", "stuck", "diverging", "too early"]
-    assert quarter_words(train[:39]) == ["too early"] * 4
+    assert quarter_words(train[: WARMUP + JUDGED - 1]) == ["too early"] * 4
     assert quarter_words([]) == []
 
 

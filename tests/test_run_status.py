@@ -26,8 +26,8 @@ GPU = ["0", "NVIDIA H200", "87", "12595", "143771", "45", "350.12"]
 
 def train(step, **changes):
     return {"kind": "train", "step": step, "epoch": step / 50, "loss": 1 / step,
-            "loss_quarters": [0.1, 0.05, None, 0.01], "images_per_second": 7.5,
-            "time": NOW - 1000 + step} | changes  # fmt: skip
+            "loss_quarters": [0.1, 0.05, None, 0.01], "learning_rate": 1e-3,
+            "images_per_second": 7.5, "time": NOW - 1000 + step} | changes  # fmt: skip
 
 
 def validation(step, loss):
@@ -254,7 +254,7 @@ def test_monitor_screen(tmp_path, hold_lock):
     lines = screen_of(tmp_path, [GPU] * 8)
     assert lines[0].startswith("full run in checkpoints ") and lines[0].endswith("q leaves")
     screen = "\n".join(lines)
-    bar = re.search(r"done         \[(█+)(▁+)\] 50.0%\n", screen)
+    bar = re.search(r"done         \[(█+)( +)\] 50.0%\n", screen)
     assert len(bar[1]) == len(bar[2])
     assert "by noise     0.1         0.05        n/a         0.01        (least first)" in screen
     assert "\n             too early   too early   too early   too early\n" in screen
