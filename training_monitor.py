@@ -26,6 +26,7 @@ RUN_DIRECTORIES = {
 PACE = 20  # records from which the time left is worked out
 LINE_SECONDS = 60  # between progress lines where the output is not a terminal
 FRAME_MILLISECONDS = 100  # of an animation
+LINEAR_PANELS = ("learning rate", "images per second")
 SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
 
 
@@ -360,7 +361,8 @@ def draw_curves(records: list[dict], path: Path) -> None:
     for name, axes in panels.items():
         axes.set(title=name, xlabel="step (dotted: continued)" if resumed else "step")
         axes.grid(alpha=0.3)
-        if name in ("loss", "validation loss", "loss by noise level", "gradient norm"):
+        # Within less than half a decade the ticks of a logarithmic axis are hard to read.
+        if name not in LINEAR_PANELS and axes.dataLim.y1 > 3 * axes.dataLim.y0 > 0:
             axes.set_yscale("log")
         if name in ("loss", "validation loss", "loss by noise level"):
             axes.legend()
