@@ -25,6 +25,7 @@ Value = TypeVar("Value")
 # After which a process that is alive but silent counts as lost. Long, because the others wait while
 # one prepares the data or trains a classifier; a process that dies is noticed at once.
 TIMEOUT = timedelta(minutes=60)
+MEETING = timedelta(minutes=10)  # for all to start
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
@@ -151,18 +152,33 @@ def join() -> Processes:
     on_cuda = torch.cuda.is_available()
     if on_cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     options = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The launcher's store still holds what the processes before a restart wrote into it.
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, world_size, is_master=False, timeout=TIMEOUT)
-        prefix = f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        options = {"store": dist.PrefixStore(prefix, store)}
+        options = {"store": meet(store, rank, world_size)}
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(
         backend, rank=rank, world_size=world_size, timeout=TIMEOUT, **options
     )
     return Processes(rank, world_size, local_rank)
+
+
+def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """The part of the launcher's store for this start, once all processes have come to it.
+
+    The store still holds what the processes before a restart wrote. Raises DistStoreError where
+    some do not come, as when another machine has given up.
+    """
+    store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store.set(f"process_{rank}", "here")
+    try:
+        store.wait([f"process_{other}" for other in range(world_size)], MEETING)
+    except dist.DistStoreError:
+        raise dist.DistStoreError(
+            f"not all {world_size} came within {MEETING.total_seconds():g} seconds"
+        ) from None
+    return store
 
 
 def loss_of_another(error: Exception) -> str:

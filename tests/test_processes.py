@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_alone_everything_is_returned_as_it_was_given():
     assert alone.gather(3) == [3] and alone.from_leader(lambda: 4) == 4
     model = torch.nn.Linear(1, 1)
     assert alone.averaging(model) is model
+
+
+def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    processes.meet(store, 0, 1)
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.1))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(RuntimeError) as lost:  # the second came before the restart, if at all
+        processes.meet(store, 0, 2)
+    assert processes.loss_of_another(lost.value) == "not all 2 came within 0.1 seconds"
 
 
 def build_engine(group: Processes) -> tuple[TrainingEngine, TrainingBatches]:
