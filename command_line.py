@@ -174,7 +174,7 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
-        return mistake(f"{where}{reason}; check the path, its permissions and the disk")
+        return complain(f"{where}{reason}; check the path, its permissions and the disk")
     except (RuntimeError, MemoryError) as error:
         from conditional_diffusion.memory import reraise_unless_out_of_memory
         from conditional_diffusion.processes import loss_of_another
@@ -183,7 +183,7 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
             print(f"lost the other processes: {reason}", file=sys.stderr)
             return LOST_STATUS
         reraise_unless_out_of_memory(error)
-        return mistake("out of memory; end what else uses the device, or choose smaller settings")
+        return complain("out of memory; end what else uses the device, or choose smaller settings")
     except KeyboardInterrupt:
         return 130
     if status and os.environ.get(LAUNCH_FOLDER):
@@ -193,9 +193,14 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
 
 
 def mistake(sentence: object, status: int = 1) -> int:
-    """Say what the user got wrong, or let launch.py say it once for all processes."""
-    if launched := os.environ.get(LAUNCH_FOLDER):
-        Path(launched, MISTAKE).write_text(str(sentence))
-    else:
-        print(f"error: {sentence}", file=sys.stderr)
+    """Say what the user got wrong, or let launch.py say it once for all processes and restarts."""
+    launched = os.environ.get(LAUNCH_FOLDER)
+    if not launched:
+        return complain(sentence, status)
+    Path(launched, MISTAKE).write_text(str(sentence))
+    return status
+
+
+def complain(sentence: object, status: int = 1) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
     return status

@@ -185,7 +185,7 @@ def main() -> int:
     os.environ[COMMAND] = shlex.join([sys.executable, *again])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     return launch(script, gpus, nodes, restarts, rendezvous_of(args, nodes),
-                  leader_here=nodes == 1 or args.node_rank == "0")  # fmt: skip
+                  leader_here=nodes == 1 or int(args.node_rank) == 0)  # fmt: skip
 
 
 if __name__ == "__main__":
