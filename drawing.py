@@ -18,18 +18,21 @@ from training_monitor import RUN_DIRECTORIES, say
 def open_checkpoint(name: str | None) -> tuple[Path, dict]:
     """The checkpoint asked for, or the newest usable one: full before overfit before demo.
 
-    name: a checkpoint file or a run directory.
+    name: a checkpoint file or a run directory. The state also gets the file's "hash", for processes
+    that do not see the file.
     """
     folders = [Path(name)] if name and Path(name).is_dir() else list(RUN_DIRECTORIES.values())
     if name and not Path(name).is_dir():
-        return Path(name), load_checkpoint(Path(name))
-    found = load_newest(folders, warn=say)
+        found = Path(name), load_checkpoint(Path(name))
+    else:
+        found = load_newest(folders, warn=say)
     if found is None:
         searched = ", ".join(f"{folder}/" for folder in folders)
         raise CheckpointError(
             f"no usable checkpoint in {searched}; train one first: make demo, make train"
         )
-    return found
+    path, state = found
+    return path, state | {"hash": file_hash(path)}
 
 
 def file_hash(path: Path) -> str:
@@ -51,7 +54,7 @@ class Drawing:
                  raw: bool, batch_size: int | None):  # fmt: skip
         self.device, self.raw = device, raw
         self.path, self.step, self.images_seen = path, state["step"], state["images_seen"]
-        self.hash = file_hash(path)
+        self.hash = state["hash"]
         self.model, self.scheduler = build_model(config, device)
         self.model.load_state_dict(state["model" if raw else "ema"])
         self.configure(config)

@@ -236,6 +236,8 @@ def score_folder(args, overrides: dict) -> Path:
     folder = Path(args.pictures)
     if args.sweep:
         raise ConfigError("--sweep draws pictures anew; it needs a checkpoint, not --pictures")
+    if join_processes().several:
+        raise ConfigError("scoring a folder takes one process; leave --gpus (make: GPUS=) out")
     pictures = read_folder(folder)
     output = Path(args.output or folder / "evaluation")
     output.mkdir(parents=True, exist_ok=True)
