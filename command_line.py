@@ -28,6 +28,7 @@ SAMPLING_FLAGS = {
 # Environment variables that launch.py sets for the processes it starts.
 LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave for it what follows
 STATUS, MISTAKE = "status", "mistake"  # one they agree on; the sentence for a user's mistake
+CLEARED = "cleared"  # the earlier run has been moved aside: after a restart it is not the earlier
 COMMAND = "TRAINING_COMMAND"  # what continues their run
 LOST_STATUS = 76  # of a process that ends because another one did; a protocol error in sysexits.h
 
@@ -170,15 +171,18 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
 
             leave()
     except user_errors as error:
-        return mistake(error)
+        # Disks and memory may have room again at the next attempt; nothing else changes by itself.
+        return complain(error) if isinstance(error, (OSError, MemoryError)) else mistake(error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)
         return complain(f"{where}{reason}; check the path, its permissions and the disk")
     except (RuntimeError, MemoryError) as error:
         from conditional_diffusion.memory import reraise_unless_out_of_memory
-        from conditional_diffusion.processes import loss_of_another
+        from conditional_diffusion.processes import NoMeeting, loss_of_another
 
+        if isinstance(error, NoMeeting):
+            return mistake(f"{error}; start the same command again on every machine")
         if reason := loss_of_another(error):
             print(f"lost the other processes: {reason}", file=sys.stderr)
             return LOST_STATUS

@@ -25,6 +25,7 @@ from command_line import (
     MISTAKE,
     STATUS,
     Parser,
+    complain,
     exit_with,
     parse_count,
 )
@@ -35,6 +36,9 @@ TAIL = 30  # lines of a failed process that are shown
 LOOPBACK = "127.0.0.1"
 TORCH_LEVEL = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
 MEETING_SECONDS = 600  # for machines to start after each other
+# For a step, a grid and a checkpoint, which a signal interrupts nowhere; then torch kills.
+STOPPING_SECONDS = 300
+STOPPING_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def parse_arguments():
@@ -97,7 +101,7 @@ def rendezvous_of(args, nodes: int) -> dict:
             "rdzv_configs": {"rank": rank, "timeout": MEETING_SECONDS}}  # fmt: skip
 
 
-def describe_failure(failures: dict, folder: Path, restarts: int) -> str:
+def describe_failure(failures: dict, folder: Path, restarts: int, nodes: int) -> str:
     """The process that failed first, and why, in a sentence; what it said is printed before."""
     mistake = folder / MISTAKE
     if mistake.exists():
@@ -112,7 +116,7 @@ def describe_failure(failures: dict, folder: Path, restarts: int) -> str:
     print(*said[-TAIL:], sep="\n", file=sys.stderr, end="\n" if said else "")
     if failure.exitcode < 0:
         how = f"was killed by {failure.signal_name()}"
-    elif failure.exitcode == LOST_STATUS:
+    elif failure.exitcode == LOST_STATUS and nodes > 1:
         how = "lost a process of another machine, whose launcher says more"
     else:
         how = f"failed with status {failure.exitcode}, for the reason above"
@@ -155,8 +159,13 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
         try:
             processes(*script)
         except ChildFailedError as error:
-            raise ConfigError(describe_failure(error.failures, folder, restarts)) from None
+            raise ConfigError(
+                describe_failure(error.failures, folder, restarts, nodes)
+            ) from None
         except SignalException as error:
+            if not (folder / STATUS).exists():  # which they leave when all are through
+                complain("the processes ended before they were through; what is saved counts: "
+                         f"{os.environ[COMMAND]}")  # fmt: skip
             return 128 + error.sigval
         except DistError as error:
             reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
@@ -183,7 +192,9 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, *script])
     again = [word for word in sys.argv if word != "--fresh"]
     os.environ[COMMAND] = shlex.join([sys.executable, *again])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    cores = len(os.sched_getaffinity(0))  # that may be used, of those there are
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // gpus)))
+    os.environ.setdefault(STOPPING_TIMEOUT, str(STOPPING_SECONDS))
     return launch(script, gpus, nodes, restarts, rendezvous_of(args, nodes),
                   leader_here=nodes == 1 or int(args.node_rank) == 0)  # fmt: skip
 

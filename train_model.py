@@ -20,7 +20,9 @@ import config as settings
 from build import choose_device, machine_name, precision_name
 from cifar10 import DataError
 from command_line import (
+    CLEARED,
     COMMAND,
+    LAUNCH_FOLDER,
     Parser,
     add_config_flags,
     config_overrides,
@@ -236,8 +238,9 @@ def main() -> int:
         return 0
 
     folder, processes = RUN_DIRECTORIES[args.mode], join_processes()
-    # A restart by torchrun, after a process has died, must not begin anew.
-    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    # A restart, after a process has died, must not begin anew a second time.
+    cleared = Path(os.environ.get(LAUNCH_FOLDER, folder), CLEARED)
+    fresh = args.fresh and not cleared.exists()
 
     def run_to_continue() -> dict | None:
         refuse_second_run(folder)
@@ -268,6 +271,8 @@ def main() -> int:
     ) as monitor:  # fmt: skip
         if saved is None:
             clear_away(args.mode, folder)
+            if LAUNCH_FOLDER in os.environ:
+                cleared.touch()
         say(describe(run, device))
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:

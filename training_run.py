@@ -308,10 +308,10 @@ class Run:
             self.draw(monitor)
         if engine.step < engine.total_steps:
             first = next(self.batches.starting_at(engine.step))
-            if self.processes.several:
-                engine.rehearse(*first)
             if switched_on(train.compile, self.device):
                 compile_training(engine, first)
+            if self.processes.several and engine.network is engine.model:
+                engine.rehearse(*first)
         save_due, log_due = every(train.save_every), every(train.log_every)
         try:
             complete = engine.fit(

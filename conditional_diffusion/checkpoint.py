@@ -32,6 +32,10 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or read; the message names the file and the cure."""
 
 
+class WriteError(CheckpointError, OSError):
+    """A checkpoint that the disk does not take; later it may."""
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     return Path(folder) / f"checkpoint_{step:08d}.pt"
 
@@ -43,10 +47,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise CheckpointError unless the folder's disk has this many bytes free."""
+    """Raise WriteError unless the folder's disk has this many bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(
+        raise WriteError(
             f"the disk of {folder} has {free / 2**20:.0f} MiB free, but a checkpoint needs "
             f"{needed / 2**20:.0f} MiB; free some space"
         )
@@ -83,8 +87,9 @@ def verify_checksums(path: Path) -> None:
 def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False) -> Path:
     """Write state as the checkpoint of state["step"], then prune to the `keep` newest.
 
-    With `best` it also becomes best.pt, which pruning leaves alone. Raises CheckpointError where it
-    cannot be written or holds numbers that are not finite; older checkpoints are then untouched.
+    With `best` it also becomes best.pt, which pruning leaves alone. Raises WriteError where it
+    cannot be written, CheckpointError where it holds numbers that are not finite; older checkpoints
+    are then untouched.
     """
     require_finite(state)
     path = checkpoint_path(folder, state["step"])
@@ -105,7 +110,7 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
         flush_folder(path.parent)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         # torch.save reports a failed write as RuntimeError, with the cause in its context.
-        raise CheckpointError(write_failure(path, error)) from error
+        raise WriteError(write_failure(path, error)) from error
     finally:
         with suppress(OSError):  # gone already unless something failed, which is then the news
             unfinished.unlink()

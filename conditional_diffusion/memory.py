@@ -25,7 +25,7 @@ CPU_BATCH_PIXELS = 16 * 128**2
 CPU_BYTES_PER_PIXEL = 4096  # twice what guided pictures took with the default model
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(MemoryError):
     """Memory ran out even with the smallest part of the work; the message says what to change."""
 
 

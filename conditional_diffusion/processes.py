@@ -29,6 +29,10 @@ MEETING = timedelta(minutes=10)  # for all to start
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
+class NoMeeting(RuntimeError):
+    """Processes that should work together have not come; waiting again would not bring them."""
+
+
 class Processes:
     """One of world_size processes, rank 0 .. world_size - 1; by default the only one.
 
@@ -139,24 +143,23 @@ def average_gradients(model: nn.Module) -> nn.Module:
 def join() -> Processes:
     """The processes that torchrun started, as its environment variables say; else this one alone.
 
-    Raises RuntimeError where they cannot reach each other.
+    Raises NoMeeting where they do not find each other.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A launcher that is killed cannot end its processes: the system asks them to save and stop.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     rank, world_size, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     if world_size == 1:
         return Processes()
-    # A launcher that is killed cannot end its processes: the system asks them to save and stop.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     on_cuda = torch.cuda.is_available()
     if on_cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     options = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, world_size, is_master=False, timeout=TIMEOUT)
-        options = {"store": meet(store, rank, world_size)}
+        options = {"store": meet(launchers_store(world_size), rank, world_size)}
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(
         backend, rank=rank, world_size=world_size, timeout=TIMEOUT, **options
@@ -164,29 +167,44 @@ def join() -> Processes:
     return Processes(rank, world_size, local_rank)
 
 
+def launchers_store(world_size: int) -> dist.Store:
+    """The store of the first machine's launcher; NoMeeting where it is gone."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=MEETING)
+    except dist.DistNetworkError:
+        raise NoMeeting(f"nobody answers at {host}:{port}") from None
+
+
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     """The part of the launcher's store for this start, once all processes have come to it.
 
-    The store still holds what the processes before a restart wrote. Raises DistStoreError where
-    some do not come, as when another machine has given up.
+    The store still holds what the processes before a restart wrote. Raises NoMeeting where some do
+    not come, as when another machine has given up.
     """
     store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     store.set(f"process_{rank}", "here")
     try:
         store.wait([f"process_{other}" for other in range(world_size)], MEETING)
     except dist.DistStoreError:
-        raise dist.DistStoreError(
-            f"not all {world_size} came within {MEETING.total_seconds():g} seconds"
+        raise NoMeeting(
+            f"not all {world_size} processes came within {MEETING.total_seconds():g} seconds"
         ) from None
+    store.set_timeout(TIMEOUT)
     return store
 
 
 def loss_of_another(error: Exception) -> str:
     """What is said where an error means that another process is gone; else an empty string."""
-    text = str(error).strip().partition("\n")[0]
-    if "gloo" not in text and not isinstance(error, dist.DistError):
+    text = str(error).strip()
+    if isinstance(error, dist.DistBackendError):  # NCCL's, which has many troubles of its own
+        lost = "ncclRemoteError" in text
+    else:
+        lost = "gloo" in text or isinstance(error, dist.DistError)
+    if not lost:
         return ""
-    return re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without the place in its source
+    # Without the place in its source.
+    return re.sub(r"^\[\S+\] ", "", text.partition("\n")[0]).partition(". ")[0]
 
 
 def leave() -> None:

@@ -219,6 +219,7 @@ class TrainingEngine:
 
         Later none of them could split a batch that the others have not split.
         """
+        empty_caches()  # NCCL takes its buffers from what is free, not from torch's cache
         self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
         self.network, self.tied = self.processes.averaging(self.network), True
 

@@ -17,10 +17,13 @@ import torch
 from conftest import PICTOGRAMS, TINY, assert_identical
 from PIL import Image
 
+import launch as launcher
 import train_model
 import training_run
+from command_line import LAUNCH_FOLDER, MISTAKE, status_of
 from cifar10 import DataError
 from conditional_diffusion import CosineNoiseScheduler, TrainingEngine, UNet, processes
+from conditional_diffusion.checkpoint import CheckpointError, WriteError
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, DataConfig
@@ -56,9 +59,35 @@ def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch):
     processes.meet(store, 0, 1)
     monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.1))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(RuntimeError) as lost:  # the second came before the restart, if at all
+    # The second came before the restart, if at all.
+    with pytest.raises(processes.NoMeeting, match="not all 2 processes came within 0.1 seconds"):
         processes.meet(store, 0, 2)
-    assert processes.loss_of_another(lost.value) == "not all 2 came within 0.1 seconds"
+
+
+def test_a_launcher_that_is_gone_is_not_waited_for_forever(monkeypatch):
+    with socket.socket() as free:
+        free.bind((launcher.LOOPBACK, 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", launcher.LOOPBACK)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.1))
+    with pytest.raises(processes.NoMeeting, match=f"nobody answers at .*:{port}"):
+        processes.launchers_store(2)
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("[/src/gloo/tcp/pair.cc:1] Connection closed by peer. More"),
+     "Connection closed by peer"),
+    (RuntimeError("shapes do not match"), ""),
+    (torch.distributed.DistNetworkError("connection reset"), "connection reset"),
+    (torch.distributed.DistBackendError("NCCL error in: a.cpp:1, remote process exited, NCCL 2\n"
+                                        "ncclRemoteError: A call failed"),
+     "NCCL error in: a.cpp:1, remote process exited, NCCL 2"),
+    (torch.distributed.DistBackendError("NCCL error in: a.cpp:1, invalid usage\n"
+                                        "ncclInvalidUsage: Duplicate GPU detected"), ""),
+])  # fmt: skip
+def test_the_loss_of_another_is_told_from_own_troubles(error, said):
+    assert processes.loss_of_another(error) == said
 
 
 def build_engine(group: Processes) -> tuple[TrainingEngine, TrainingBatches]:
@@ -225,6 +254,37 @@ def test_parts_are_agreed_on_before_training_and_lacking_later_ends_the_run(monk
         engine.train_step(*batch)
 
 
+@pytest.mark.parametrize("error, may_pass", [
+    (CheckpointError("damaged"), False), (WriteError("the disk is full"), True),
+    (OutOfMemory("out of memory"), True), (processes.NoMeeting("nobody came"), False),
+])  # fmt: skip
+def test_only_what_may_pass_is_tried_again(tmp_path, monkeypatch, capsys, error, may_pass):
+    monkeypatch.setenv(LAUNCH_FOLDER, str(tmp_path))
+
+    def fail():
+        raise error
+
+    assert status_of(fail, train_model.USER_ERRORS) == 1
+    assert (tmp_path / MISTAKE).exists() != may_pass
+    assert (str(error) in capsys.readouterr().err) == may_pass
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_fresh_holds_until_the_earlier_run_is_aside(tmp_path, monkeypatch, call):
+    """A process that dies before that begins anew again, one that dies later goes on."""
+    fresh = [*TRAIN[1:], "--epochs", "1", "--fresh"]
+    assert call(train_model, *fresh)[0] == 0
+    monkeypatch.setenv(LAUNCH_FOLDER, str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model, "Run", None)  # the first attempt dies here
+        with pytest.raises(TypeError):
+            call(train_model, *fresh)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    status, said = call(train_model, *fresh)
+    assert status == 0 and "moved to checkpoints_1" in said, said
+    assert "is complete" in call(train_model, *fresh)[1]
+
+
 def test_other_data_than_the_leaders_is_refused():
     splits = draw_pictograms(DataConfig(image_size=16, samples_per_class=1), seed=0)
     train_model.require_equal_data(splits, Processes())
@@ -232,11 +292,11 @@ def test_other_data_than_the_leaders_is_refused():
         train_model.require_equal_data(splits, Pretended(1, 2))
 
 
-def launch(folder: Path, *arguments, gpus: int = 2) -> subprocess.Popen:
+def launch(folder: Path, *arguments, gpus: int = 2, **environment) -> subprocess.Popen:
     """One thread per process: more of them than cores would mostly wait for each other."""
     command = [sys.executable, ROOT / "launch.py", "--gpus", str(gpus), *arguments]
     return subprocess.Popen(
-        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -331,8 +391,26 @@ def test_sigterm_saves_and_ends_all(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_a_killed_launcher_leaves_no_process_and_no_step_behind(tmp_path):
-    launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
+def test_processes_that_do_not_stop_are_killed_aloud(tmp_path):
+    (tmp_path / "stubborn.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    launcher = launch(tmp_path, "stubborn.py", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert said.startswith("error: the processes ended before they were through"), said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("own_directory")
+@pytest.mark.parametrize("flags, gpus", [([], 2), (["--restarts", "1"], 1)])
+def test_a_killed_launcher_leaves_no_process_and_no_step_behind(tmp_path, flags, gpus):
+    launcher = launch(tmp_path, *flags, *TRAIN, "--epochs", "10000", gpus=gpus)
     wait_for_checkpoint(tmp_path, launcher)
     pids = workers(launcher)
     launcher.kill()
@@ -413,6 +491,14 @@ def test_a_mistake_of_the_launch_is_one_clear_sentence(tmp_path, flags, word):
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode in (1, 2)
     assert said.startswith("error: ") and said.count("\n") == 1 and word in said, said
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_folder_is_scored_by_one_process(tmp_path):
+    launcher = launch(tmp_path, ROOT / "evaluate_samples.py", "--pictures", ".")
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 1
+    assert said == "error: scoring a folder takes one process; leave --gpus (make: GPUS=) out\n"
 
 
 @pytest.mark.usefixtures("own_directory")
