@@ -40,14 +40,14 @@ from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine
 from conditional_diffusion.processes import average_gradients
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
-from data import Split, TrainingBatches
+from data import Split, TrainingBatches, to_images, to_x_start
 from peers import PEERS
-from training_monitor import to_uint8, write_json
+from training_monitor import write_json
 from training_run import compile_training, peak_memory_gib
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 BURN_IN = 2  # calls of each that are not counted
-PICTURES = 512  # in the set that data loading is timed with
+PICTURES = 2048  # in the set that data loading is timed with
 DATA_BATCH, DATA_BATCHES = 64, 10  # pictures in a batch, batches in a stretch
 MEMORY_BATCH = 16
 BATCH_SIZES = (64, 256, 1024)  # on CUDA, beside the default; compiling each takes its time
@@ -162,7 +162,7 @@ def sample_step(model: nn.Module, batch, dtype: torch.dtype | None) -> None:
 
 def usual_loader(images: torch.Tensor, folder: Path) -> DataLoader:
     """The same pictures as PNG files, decoded one by one by torchvision in two workers."""
-    for index, pixels in enumerate(to_uint8(images)):
+    for index, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
         path = folder / str(index % len(CLASS_NAMES)) / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -192,22 +192,31 @@ def compare_data(report: Report, config: Config, rounds: int, device: torch.devi
     images, size, times = DATA_BATCH, config.data.image_size, {}
     generator = torch.Generator().manual_seed(0)
     originals = torch.randint(256, (PICTURES, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    split = Split(originals, torch.arange(PICTURES) % len(CLASS_NAMES))
-    ours = TrainingBatches(split, config.data, images, 0, device).starting_at(0)
-    enlarged = nn.functional.interpolate(originals / 127.5 - 1, size=size, mode="bicubic")
+    enlarged = to_images(to_x_start(originals, size))
+    labels = torch.arange(PICTURES) % len(CLASS_NAMES)
+
+    def batches_of(pictures: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        split = Split(pictures, labels)
+        return TrainingBatches(split, config.data, images, 0, device).starting_at(0)
+
+    small, large = batches_of(originals), batches_of(enlarged)
     # One after the other, or the workers would fetch ahead while ours is timed; and in long
     # stretches, which what they have fetched ahead at the beginning cannot shorten.
     with tempfile.TemporaryDirectory() as folder:
         batches = endless(usual_loader(enlarged, Path(folder)))
         works = {
-            "ours": lambda: next(ours),
+            "ours, from 32x32": lambda: next(small),
+            f"ours, from {size}x{size}": lambda: next(large),
             f"DataLoader, 2 workers, {size}x{size} PNGs": lambda: next(batches)[0].to(device),
         }
         for name, work in works.items():
             stretch = partial(repeat, work, DATA_BATCHES)
             times[name] = time_in_turns({name: stretch}, rounds, device)[name]
             report.add("data", name, times[name], DATA_BATCHES * images)
-    return statistics.median(times["ours"]) / (DATA_BATCHES * images)
+    loader, ours = statistics.median(times.pop(name)), statistics.median(times["ours, from 32x32"])
+    for name, values in times.items():
+        report.note("data", f"{name}, against DataLoader", ratio=loader / statistics.median(values))
+    return ours / (DATA_BATCHES * images)
 
 
 def compare_networks(report: Report, config: Config, networks: dict[str, nn.Module], rounds: int,

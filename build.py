@@ -36,15 +36,15 @@ def choose_device(config: Config, processes: Processes | None = None):
     if name == "cpu":
         keep_freed_memory()
     try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # runs a kernel, which a mere allocation would not
+        probe = torch.ones(1, device=name)
+        probe.item()  # waits for a kernel, which a mere allocation would not
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"device {name!r} cannot be used ({reason}); `make gpu-status` tells more, "
             "`--device cpu` works anywhere"
         ) from error
-    return device
+    return probe.device  # cuda:0 where cuda was meant: they are not equal to torch
 
 
 def own_gpu(name: str, processes: Processes) -> str:

@@ -101,16 +101,23 @@ def to_x_start(images: Tensor, image_size: int) -> Tensor:
     faster than F.interpolate.
     """
     x_start = images.float().div_(127.5).sub_(1)
-    if images.shape[-1] != image_size:
-        enlarge = bicubic_matrix(images.shape[-1], image_size, images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            x_start = enlarge @ (x_start @ enlarge.T)
+    if images.shape[-1] == image_size:
+        return x_start
+    enlarge = bicubic_matrix(images.shape[-1], image_size, images.device)
+    with torch.autocast(images.device.type, enabled=False):
+        x_start = enlarge @ (x_start @ enlarge.T)
     return x_start.clamp_(-1, 1)  # bicubic enlargement overshoots at edges
 
 
 def to_images(x: Tensor) -> Tensor:
     """x (B, 3, H, W) in [-1, 1] -> uint8 of the same shape, rounded to the nearest level."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def sent(index: Tensor, device: torch.device) -> Tensor:
+    """A small index there, without waiting, as a plain copy would, for all that the GPU has to do.
+    """
+    return index.to(device, non_blocking=True)
 
 
 class TrainingBatches:
@@ -155,15 +162,23 @@ class TrainingBatches:
 
     def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
         share = self.share(len(index))
-        # non_blocking, because a plain copy waits for everything that the GPU has still to do.
-        images = self.images[index[share].to(self.images.device, non_blocking=True)]
-        if images.device != self.device:
+        own, mirrored = index[share], self.mirrored(len(index), step)[share]
+        # Those to be mirrored last, so that they are one piece, and afterwards all in their places:
+        # on a CPU selecting takes a fraction of the time of images[own] and of torch.where.
+        order = mirrored.argsort(stable=True)
+        images = self.images.index_select(0, sent(own[order], self.images.device))
+        if images.device.type != self.device.type:  # cuda is cuda:0, but not equal to it
             images = images.pin_memory().to(self.device, non_blocking=True)
-        if self.data.horizontal_flip:  # before they are enlarged, while they are small
-            # A third seed component keeps flips and epoch orders apart.
-            mirrored = np.random.default_rng((self.seed, step, 1)).random(len(index)) < 0.5
-            mirrored = torch.from_numpy(mirrored[share]).to(self.device, non_blocking=True)
-            mirrored = mirrored[:, None, None, None]
-            images = torch.where(mirrored, images.flip(-1), images)
+        kept, turned = images.tensor_split([len(own) - int(mirrored.sum())])
+        images = torch.cat([kept, turned.flip(-1)])  # before they are enlarged, while small
+        images = images.index_select(0, sent(order.argsort(), self.device))
         x_start = to_x_start(images, self.data.image_size)
-        return x_start, self.labels[index.to(self.labels.device, non_blocking=True)]
+        return x_start, self.labels.index_select(0, sent(index, self.labels.device))
+
+    def mirrored(self, batch_size: int, step: int) -> Tensor:
+        """Which images of a step's batch are mirrored left to right, bool (B,)."""
+        if not self.data.horizontal_flip:
+            return torch.zeros(batch_size, dtype=torch.bool)
+        # A third seed component keeps flips and epoch orders apart.
+        draws = np.random.default_rng((self.seed, step, 1)).random(batch_size)
+        return torch.from_numpy(draws < 0.5)

@@ -20,6 +20,7 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     monkeypatch.setattr(benchmark, "IMAGE_SIZES", (16, 32))
     monkeypatch.setattr(benchmark, "MATMUL_SIZE", {"cpu": 64})
     monkeypatch.setattr(benchmark, "DATA_BATCHES", 1)
+    monkeypatch.setattr(benchmark, "PICTURES", 128)
     pairs = zip(TINY_FLAGS[::2], TINY_FLAGS[1::2])
     flags = [word for pair in pairs if pair[0].startswith(("--model", "--data")) for word in pair]
     status, said = call(benchmark, *flags, "--rounds", 2, "--sizes", "--batch-size", 3)
@@ -34,7 +35,7 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     assert found["memory, batch 16", "ours"]["peak_GiB"] > 0.1
     share = found["data", "share of a training step"]["share"]
     assert share == pytest.approx(
-        found["data", "ours"]["seconds_per_image"] / step["seconds_per_image"]
+        found["data", "ours, from 32x32"]["seconds_per_image"] / step["seconds_per_image"]
     )
     assert {name for what, name in found if what == "training step"} == {
         "ours", "16x16", "32x32", "alone", "in a group of one"
