@@ -12,6 +12,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -149,7 +151,6 @@ def engine_for(
         autocast_dtype=training_dtype(config, device),
     )  # fmt: skip
     if switched_on(config.train.compile, device):
-        torch.compiler.reset()  # or one batch size after another would be compiled as "any size"
         compile_training(engine, random_batch(images, config.data.image_size, device))
     return engine
 
@@ -254,36 +255,34 @@ def compare_networks(report: Report, config: Config, networks: dict[str, nn.Modu
     return {name: statistics.median(values) / images for name, values in training.items()}
 
 
-def peak_of_a_step(connection, config: Config, name: str) -> None:
-    """In a process of its own, whose peak no other work has raised."""
+def peak_of_a_step(config: Config, name: str) -> tuple[float, float]:
+    """GiB before a training step and at most, in a process whose peak no other work has raised."""
     device = choose_device(config)
     batch = random_batch(MEMORY_BATCH, config.data.image_size, device)
     engine = engine_for(new_network(name, config, device), config, device, MEMORY_BATCH)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # compiling has raised it
     before = peak_memory_gib(device)
     for _ in range(2):
         engine.train_step(*batch)
-    connection.send((before, peak_memory_gib(device)))
+    return before, peak_memory_gib(device)
 
 
 def compare_memory(report: Report, config: Config, names: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     for name in names:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=peak_of_a_step, args=(theirs, config, name))
-        process.start()
-        theirs.close()
         try:
-            before, peak = ours.recv()
-        except EOFError:
+            with ProcessPoolExecutor(1, context) as pool:
+                before, peak = pool.submit(peak_of_a_step, config, name).result()
+        except BrokenProcessPool:
             print(f"memory of {name}: not measured, the process ended before it was done")
             continue
-        finally:
-            process.join()
         report.note(f"memory, batch {MEMORY_BATCH}", name, peak_GiB=peak, before_GiB=before)
 
 
 def compare_sizes(report: Report, config: Config, rounds: int, device: torch.device) -> None:
     """Training step by image size; the same pixels per batch, so that only the size differs."""
+    torch.compiler.reset()  # it keeps but a few variants of a function, and earlier ones count
     pixels = config.train.batch_size * config.data.image_size**2
     engines, batches, flops = {}, {}, {}
     for size in IMAGE_SIZES:
@@ -308,6 +307,7 @@ def compare_processes(
     report: Report, config: Config, rounds: int, device: torch.device
 ) -> None:
     """What a process pays for being one of several, the others' and the network's time apart."""
+    torch.compiler.reset()
     images = config.train.batch_size
     batch = random_batch(images, config.data.image_size, device)
     engines = {name: engine_for(build_model(config, device)[0], config, device, images)
@@ -332,11 +332,12 @@ def compare_processes(
 def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.device) -> None:
     """What only a GPU shows: batch sizes, each optimisation taken away, whole grids."""
     size = config.data.image_size
-    peak = matmul_peak(device, training_dtype(config, device))
     variants = {f"batch {n}": ({}, n) for n in BATCH_SIZES}
     variants |= {name: (changes, config.train.batch_size) for name, changes in SWITCHES.items()}
     for name, (changes, images) in variants.items():
         changed = settings.apply_overrides(config, changes)
+        peak = matmul_peak(device, training_dtype(changed, device))
+        torch.compiler.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         engine = engine_for(build_model(changed, device)[0], changed, device, images)
@@ -357,6 +358,25 @@ def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.d
         draw = partial(chain.sample, model, labels, (3, size, size), range(GRID_PICTURES))
         report.add("grid", f"{sampler}, {steps} steps, guided", [seconds(draw, device)],
                    GRID_PICTURES)  # fmt: skip
+
+
+def compare_sampling(report: Report, config: Config, rounds: int, device: torch.device) -> None:
+    """A step of a guided grid in other ways than the product's, which draws uncompiled."""
+    images, size = 2 * GRID_PICTURES, config.data.image_size
+    batch, dtype = random_batch(images, size, device), sampling_dtype(config, device)
+    model, _ = build_model(config, device)
+    contiguous = settings.apply_overrides(config, {"train.channels_last": "false"})
+    works = {"as it is": (model, dtype), "in float32": (model, None),
+             "without channels_last": (build_model(contiguous, device)[0], dtype),
+             "compiled": (torch.compile(model, dynamic=False), dtype),
+             "in CUDA graphs": (torch.compile(model, mode="reduce-overhead", dynamic=False), dtype)}
+    torch.compiler.reset()
+    times = time_in_turns(
+        {name: partial(sample_step, network, batch, precision)
+         for name, (network, precision) in works.items()}, rounds, device,
+    )  # fmt: skip
+    for name, values in times.items():
+        report.add("sampling step", name, values, images)
 
 
 def new_network(name: str, config: Config, device: torch.device) -> nn.Module:
@@ -424,6 +444,8 @@ def main() -> int:
         if on_cuda:
             compare_on_cuda(report, config, rounds, device)
         compare_processes(report, config, rounds, device)
+        if on_cuda:
+            compare_sampling(report, config, rounds, device)
     return 0
 
 

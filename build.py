@@ -44,7 +44,10 @@ def choose_device(config: Config, processes: Processes | None = None):
             f"device {name!r} cannot be used ({reason}); `make gpu-status` tells more, "
             "`--device cpu` works anywhere"
         ) from error
-    return probe.device  # cuda:0 where cuda was meant: they are not equal to torch
+    device = probe.device  # cuda:0 where cuda was meant: they are not equal to torch
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for what asks about the current one
+    return device
 
 
 def own_gpu(name: str, processes: Processes) -> str:
@@ -101,7 +104,7 @@ def precision_name(dtype: torch.dtype | None) -> str:
     return next(name for name, value in DTYPES.items() if value is dtype)
 
 
-def build_model(config: Config, device):
+def build_model(config: Config, device, num_classes: int = len(CLASS_NAMES)):
     """(UNet, CosineNoiseScheduler) of a config, on the device; weights drawn from its seed."""
     device = torch.device(device)
     scheduler = CosineNoiseScheduler(
@@ -113,7 +116,7 @@ def build_model(config: Config, device):
     torch.manual_seed(config.train.seed)
     model = UNet(
         scheduler.alphas_cumprod, prediction_type=scheduler.prediction_type,
-        image_size=config.data.image_size, num_classes=len(CLASS_NAMES), **vars(config.model),
+        image_size=config.data.image_size, num_classes=num_classes, **vars(config.model),
     )  # fmt: skip
     if switched_on(config.train.channels_last, device):
         model = model.to(memory_format=torch.channels_last)

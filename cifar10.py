@@ -18,6 +18,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,6 @@ SPLITS = ("train", "test")
 # zipfile RuntimeError for what is encrypted or compressed in an unknown way.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
               zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
-EXIF_ORIENTATION = 0x0112
 CIFAR_CLASSES = 10
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -230,7 +230,10 @@ def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Pictu
 
 def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None]) -> Path:
     """The folder of checked uint8 arrays for `data`, made now unless it is there already."""
-    source = find_source(data.data_dir) or download(REPOSITORY_DATA)
+    source = find_source(data.data_dir)
+    if source is None:
+        with only_one(REPOSITORY_DATA / ".lock", say):  # another may have fetched it meanwhile
+            source = find_source("") or download(REPOSITORY_DATA)
     archive = published_archive(source)
     if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
         raise DataError(
@@ -243,14 +246,8 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         say(f"data: {source}, prepared in {folder}")
         return folder
     say(f"data: preparing {source} into {folder} (once)")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(".unfinished")
-    with open(folder.with_name(".lock"), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("data: another process is preparing pictures here; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with only_one(folder.with_name(".lock"), say):
         if (folder / "info.json").exists():
             return folder
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
@@ -266,6 +263,19 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def only_one(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, this is the only process of the repository that holds the lock file at path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("data: another process is fetching or preparing pictures here; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
@@ -358,11 +368,10 @@ def content(picture: Picture) -> io.BytesIO:
 
 
 def measure(picture: Picture) -> tuple[int, int] | None:
-    """(width, height) from the header, or None if it cannot be read."""
+    """(width, height) from the header, before any turning, or None if it cannot be read."""
     try:
         with Image.open(content(picture)) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # by a quarter
-            return image.size[::-1] if turned else image.size
+            return image.size
     except UNREADABLE:
         return None
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -114,10 +115,10 @@ def clean_cuda(*, ask: bool) -> int:
         else:
             print("left alone; CONFIRM=yes ends it")
     print("memory held by other processes is theirs: it comes back when they end")
-    # Inductor's default place; getpass would fail for users without a passwd entry.
-    user = os.environ.get("USER", "root")
-    inductor = Path(os.environ.get("TMPDIR", "/tmp"), f"torchinductor_{user}")
-    return remove([path for path in (*CUDA_CACHES, inductor) if path.exists()], ask=False)
+    # Inductor's default place, whose name ends in some form of the user's.
+    inductor = [path for path in Path(tempfile.gettempdir()).glob("torchinductor_*")
+                if path.stat().st_uid == os.getuid()]  # fmt: skip
+    return remove([path for path in (*CUDA_CACHES, *inductor) if path.exists()], ask=False)
 
 
 def main() -> int:

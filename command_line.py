@@ -69,15 +69,17 @@ def add_config_flags(
     sections: tuple[str, ...],
     short_flags: dict[str, str] = TRAINING_FLAGS,
     defaults: str = "",
+    only: tuple[str, ...] = (),
 ) -> None:
     """One flag per setting of these sections, `--train.epochs 3`, plus the short forms.
 
     defaults says where a setting comes from that is not given; else it is that of the full run.
+    only leaves out all settings but these.
     """
     for section in sections:
         group = parser.add_argument_group(f"{section} settings")
         for name, field in settings.OPTIONS.items():
-            if not name.startswith(f"{section}."):
+            if not name.startswith(f"{section}.") or only and name not in only:
                 continue
             short = [flag for flag, full in short_flags.items() if full == name]
             kind, default = field.type.__name__, field.default

@@ -162,8 +162,10 @@ def show(what: str, finding: Finding) -> None:
     word = "FAIL" if not finding.well else "note" if finding.cure else "ok"
     indent = " " * 17
     text = finding.text + (f". Cure: {finding.cure}" if finding.cure else "")
-    print(textwrap.fill(f"{word:<6}{what:<11}{text}", WIDTH, subsequent_indent=indent,
-                        break_on_hyphens=False, break_long_words=False), flush=True)  # fmt: skip
+    first, *others = text.splitlines()  # commands to copy stand on lines of their own
+    print(textwrap.fill(f"{word:<6}{what:<11}{first}", WIDTH, subsequent_indent=indent,
+                        break_on_hyphens=False, break_long_words=False),
+          *(indent + line.strip() for line in others), sep="\n", flush=True)  # fmt: skip
 
 
 def main() -> int:

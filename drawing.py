@@ -55,7 +55,7 @@ class Drawing:
         self.device, self.raw = device, raw
         self.path, self.step, self.images_seen = path, state["step"], state["images_seen"]
         self.hash = state["hash"]
-        self.model, self.scheduler = build_model(config, device)
+        self.model, self.scheduler = build_model(config, device, len(state["class_names"]))
         self.model.load_state_dict(state["model" if raw else "ema"])
         self.configure(config)
         self.batch_size = batch_size or self.fitting_batch_size()

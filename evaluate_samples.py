@@ -29,7 +29,7 @@ from command_line import (
     parse_count,
     parse_seed,
 )
-from conditional_diffusion.checkpoint import CheckpointError
+from conditional_diffusion.checkpoint import CheckpointError, require_classes
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
@@ -43,6 +43,7 @@ USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory)
 PER_CLASS = {"cuda": 1000, "cpu": 50}  # pictures drawn unless --samples says otherwise
 INCEPTION_TITLES = {"fid": "FID", "kid_mean": "KID", "precision": "precision",
                     "recall": "recall", "inception_score_mean": "Inception Score"}  # fmt: skip
+REFERENCE_SETTINGS = ("data.data_dir", "data.dataset", "data.skip_unreadable")
 INCEPTION_CACHE = Path("data/inception")
 GRID_ROWS = 4  # of the samples shown; they are the first ones, not chosen
 AT_ONCE = 500  # pictures kept as float32 before they become bytes
@@ -67,7 +68,7 @@ def parse_arguments():
                         help="where scores and drawings go (evaluation/ beside what is scored)")
     parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
                         help="auto, cpu, cuda, ...")
-    add_config_flags(parser, ("data",), defaults="the checkpoint's")
+    add_config_flags(parser, ("data",), defaults="the checkpoint's", only=REFERENCE_SETTINGS)
     add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")
     return parser.parse_args()
 
@@ -155,8 +156,9 @@ def report_lines(record: dict) -> list[str]:
             f"{name} {100 * share:.0f} %" for name, share in worst))  # fmt: skip
     if "frechet_distance" in record:
         ours, real = record["frechet_distance"], record["frechet_distance_floor"]
-        lines.append(f"Frechet distance   {ours:.4g} in the classifier's features (held-out "
-                     f"pictures {real:.4g})")  # fmt: skip
+        as_many = at_n_floor(record, "frechet_distance")
+        lines.append(f"Frechet distance   {ours:.4g} in the classifier's features ({as_many}"
+                     f"held-out pictures {real:.4g})")  # fmt: skip
     lines.append(
         f"near copies        {percent('near_copies_features')} by features "
         f"(held-out {percent('near_copies_features_floor')}), {percent('near_copies_pixels')} by "
@@ -168,7 +170,8 @@ def report_lines(record: dict) -> list[str]:
     for key, title in INCEPTION_TITLES.items():
         if key in record["inception"]:
             ours, real = record["inception"][key], record["inception"]["floor"][key]
-            lines.append(f"{title:<18} {ours:.4g} (held-out pictures {real:.4g})")
+            lines.append(f"{title:<18} {ours:.4g} ({at_n_floor(record['inception'], key)}"
+                         f"held-out pictures {real:.4g})")  # fmt: skip
     if "missing" in record["inception"]:
         lines.append("no FID, KID, precision, recall, Inception Score: "
                      f"{record['inception']['missing']}")  # fmt: skip
@@ -178,6 +181,14 @@ def report_lines(record: dict) -> list[str]:
         f"{100 * reference['classifier_accuracy']:.1f} % of held-out pictures"
     )
     return ["  " + line for line in lines]
+
+
+def at_n_floor(scores: dict, key: str) -> str:
+    """The score of as many pictures as are held out, where they are fewer and it depends on that.
+    """
+    if scores["n"] == scores["n_floor"] or f"{key}_at_n_floor" not in scores:
+        return ""
+    return f"of {scores['n_floor']} pictures {scores[f'{key}_at_n_floor']:.4g}, "
 
 
 def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -> dict:
@@ -196,6 +207,7 @@ def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -
 def open_drawing(args, overrides: dict, processes: Processes) -> Drawing:
     """The checkpoint to draw from; the quick sampler of its grids unless another is asked for."""
     path, state = processes.from_leader(lambda: open_checkpoint(args.checkpoint))
+    require_classes(path, state, CLASS_NAMES)
     config = settings.from_dict(state["config"])
     quick = {"sample.sampler": config.sample.grid_sampler,
              "sample.num_inference_steps": config.sample.grid_steps}  # fmt: skip

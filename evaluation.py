@@ -107,8 +107,10 @@ class Evaluator:
                 name: share[i].item() for i, name in enumerate(CLASS_NAMES) if drawn[i]
             }
         if n > 1:
-            report["frechet_distance"] = frechet_distance(features, self.judge.train)
-            report["frechet_distance_floor"] = frechet_distance(real_features, self.judge.train)
+            as_many = features[evenly(n, len(features))]  # distances fall with their number
+            for name, seen in (("", features), ("_at_n_floor", as_many), ("_floor", real_features)):
+                distance = frechet_distance(seen, self.judge.train)
+                report[f"frechet_distance{name}"] = distance
         by_features = nearest(features.to(self.device), self.judge.train, NEIGHBOURS)
         by_pixels = pixel_neighbours(images, self.train.images, self.device)
         real_by_features = nearest(real_features.to(self.device), self.judge.train, NEIGHBOURS)

@@ -86,7 +86,7 @@ def find_runs(root: Path) -> list[Run]:
             [record for record in records if record["kind"] == kind]
             for kind in ("train", "validation", "warning")
         )
-        checkpoints = list_files(folder, "checkpoint_*.pt")
+        checkpoints = list_files(folder, "*.pt")
         samples = list_files(folder / "samples", "*.png")
         if facts is not UNKNOWN or records or checkpoints:
             runs.append(Run(mode, name, facts, train, validation, warnings, checkpoints, samples))

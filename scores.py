@@ -34,7 +34,7 @@ def nearest(rows: Tensor, references: Tensor, k: int) -> Neighbours:
         # A matrix product finds them; where they are small such distances lack digits, so the few
         # that count are measured again.
         index = torch.cdist(chunk, references).topk(k, largest=False).indices  # (n, k)
-        exact = torch.stack([(references[i] - row).norm(dim=1) for row, i in zip(chunk, index)])
+        exact = (references[index] - chunk[:, None]).norm(dim=2)
         exact, order = exact.sort(dim=1)
         indices.append(index.gather(1, order).cpu())
         distances.append(exact.cpu())

@@ -34,12 +34,13 @@ from conditional_diffusion.checkpoint import (
     CheckpointError,
     list_checkpoints,
     load_newest,
+    require_classes,
     require_space,
 )
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.training_engine import TrainingDiverged
-from config import AUTO_BATCH, Config, ConfigError
+from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import load_splits
 from report import write_report
 from training_monitor import (
@@ -150,6 +151,8 @@ def newest_checkpoint(mode: str, folder: Path) -> dict | None:
         )
     if state and mode != "full" and state["step"] >= state["total_steps"]:
         return None
+    if state:
+        require_classes(found[0], state, CLASS_NAMES)
     return state
 
 
@@ -251,8 +254,7 @@ def main() -> int:
     config = resolve_config(args.mode, overrides, saved_config)
     device = choose_device(config, processes)
     may_fall_back = saved is None and "data.dataset" not in overrides
-    with processes.first_on_each_machine():
-        config, splits = load_data(config, may_fall_back)
+    config, splits = load_data(config, may_fall_back)
     require_equal_data(splits, processes)
     run = Run(config, folder, splits, device, saved, processes)
     engine = run.engine

@@ -163,7 +163,7 @@ class TrainingMonitor:
         """Write the config and cut what a killed run left past `step`: it will come again."""
         from tqdm import tqdm
 
-        for stale in self.folder.rglob("*.tmp"):
+        for stale in (*self.folder.glob("*.tmp"), *self.samples.glob("*.tmp")):
             stale.unlink()
         self.samples.mkdir(exist_ok=True)  # an earlier run's may have been moved aside
         write_json(self.folder / "run.json", self.facts)

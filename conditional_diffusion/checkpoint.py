@@ -12,7 +12,7 @@ import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -105,7 +105,10 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
         verify_checksums(unfinished)
         os.replace(unfinished, path)
         if best:
-            unfinished.hardlink_to(path)  # takes no space of its own while both exist
+            try:
+                unfinished.hardlink_to(path)  # takes no space of its own while both exist
+            except OSError:  # a file system without links
+                shutil.copyfile(path, unfinished)
             os.replace(unfinished, path.with_name(BEST))
         flush_folder(path.parent)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
@@ -175,6 +178,16 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
     if missing := REQUIRED_KEYS - state.keys():
         raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
     return state
+
+
+def require_classes(path: Path, state: dict, class_names: Sequence[str]) -> None:
+    """Raise CheckpointError unless a checkpoint was trained on the classes of these names."""
+    if list(class_names) != state["class_names"]:
+        raise CheckpointError(
+            f"{path} was trained on the classes {', '.join(state['class_names'])}, which "
+            "CLASS_NAMES in config.py no longer lists; restore them there, or start anew with "
+            "--fresh (make: FRESH=1)"
+        )
 
 
 def load_newest(

@@ -12,9 +12,9 @@ import torch
 Result = TypeVar("Result")
 
 logger = logging.getLogger("conditional_diffusion")
-# CUDA has an exception of its own; the CPU allocator raises a bare RuntimeError.
+# torch's allocator of the GPU has an exception of its own; what else allocates says it in words.
 MEMORY_ERRORS = (torch.OutOfMemoryError, RuntimeError, MemoryError)
-CPU_MESSAGE = "can't allocate memory"
+MEMORY_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MEMORY_SHARE = 0.8  # of what is free; the rest is for fragmentation and for other programs
@@ -32,7 +32,7 @@ class OutOfMemory(MemoryError):
 def reraise_unless_out_of_memory(error: Exception) -> None:
     """Return if error means that memory ran out; raise it again if it is any other error."""
     expected = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not expected and CPU_MESSAGE not in str(error):
+    if not expected and not any(words in str(error) for words in MEMORY_WORDS):
         raise error
 
 
@@ -84,24 +84,29 @@ def available_cpu_memory() -> int:
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1])
 
 
+def peak_memory(trial: Callable[[int], object], pictures: int, device: torch.device) -> int:
+    """Bytes of tensors on the GPU at most while trial(pictures) runs."""
+    torch.cuda.reset_peak_memory_stats(device)
+    trial(pictures)
+    return torch.cuda.max_memory_allocated(device)
+
+
 def fitting_batch_size(
     trial: Callable[[int], object], pixels: int, device: torch.device, largest: int = LARGEST_BATCH
 ) -> int:
     """How many pictures of so many pixels to work on together on this device, from 1 to `largest`.
 
-    On CUDA what trial(n), which works on n pictures, adds to the memory in use is the measure.
+    On CUDA what trial(n), which works on n pictures, needs for one more is the measure.
     """
     if device.type != "cuda":
         affordable = MEMORY_SHARE * available_cpu_memory() / CPU_BYTES_PER_PIXEL
         fitting = min(CPU_BATCH_PIXELS, affordable) / pixels
     else:
-        trial(1)  # what libraries take once does not grow with the batch
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        trial(TRIAL_PICTURES)
-        growth = torch.cuda.max_memory_allocated(device) - before
+        trial(1)  # what libraries take once
+        one, several = peak_memory(trial, 1, device), peak_memory(trial, TRIAL_PICTURES, device)
+        one_more = max(1, (several - one) / (TRIAL_PICTURES - 1))
         torch.cuda.empty_cache()  # or the trial's own memory would not count as free
         free, _ = torch.cuda.mem_get_info(device)
-        fitting = MEMORY_SHARE * free * TRIAL_PICTURES / max(1, growth)
+        left = MEMORY_SHARE * free - (one - torch.cuda.memory_allocated(device))
+        fitting = 1 + left / one_more
     return int(min(max(1, fitting), largest))

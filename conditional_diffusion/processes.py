@@ -4,14 +4,13 @@ torch.distributed does the work (gloo for tensors on the CPU, NCCL for those on 
 that is alone needs no process group, and everything here then returns what it was given.
 """
 
-import contextlib
 import ctypes
 import inspect
 import os
 import re
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -89,19 +88,6 @@ class Processes:
         dist.gather_object(value, values)
         return values or []
 
-    @contextlib.contextmanager
-    def first_on_each_machine(self) -> Iterator[None]:
-        """Inside, the first process of a machine goes ahead, its others follow when it is through.
-        """
-        if self.local_rank > 0:
-            self.wait_for_all()
-        yield
-        if self.local_rank == 0:
-            self.wait_for_all()
-
-    def wait_for_all(self) -> None:
-        self.sum(torch.zeros(()))
-
     def agree(self, *wishes: bool) -> list[bool]:
         """For each wish whether any process has it; every process hears the same at the same step.
 
@@ -155,8 +141,6 @@ def join() -> Processes:
     if world_size == 1:
         return Processes()
     on_cuda = torch.cuda.is_available()
-    if on_cuda and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
     options = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         options = {"store": meet(launchers_store(world_size), rank, world_size)}

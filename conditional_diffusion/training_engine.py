@@ -162,6 +162,7 @@ class TrainingEngine:
         self.max_skipped_steps, self.micro_batches = max_skipped_steps, 1
         self.step = self.images_seen = 0
         self.stop_requested = False
+        self._draws = None  # of validation, once they are known
         # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
@@ -172,6 +173,7 @@ class TrainingEngine:
         )
         # torch's AveragedModel would wait for the device at every step.
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
+        self._weights, self._averages = list(model.parameters()), list(self.ema_model.parameters())
         # What the training steps call: the model or its compiled form; once tied, inside what
         # averages its gradients over the processes.
         self.network, self.tied = model, False
@@ -193,7 +195,7 @@ class TrainingEngine:
         batch_size = len(class_labels)
         losses, timesteps = self._compute_gradients_in_parts(x_start, class_labels)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self._weights, self.grad_clip)
         finite = torch.isfinite(grad_norm)  # a loss that is not finite makes the norm so too
         for group in self.optimizer.param_groups:
             group["lr"] = self.current_learning_rate
@@ -229,8 +231,7 @@ class TrainingEngine:
         decay = 0.0 if self.step == 1 else ema_decay(
             batch_size, self.images_seen, self.ema_halflife_images, self.ema_rampup_ratio
         )  # fmt: skip
-        averaged, current = list(self.ema_model.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
     def _compute_gradients_in_parts(
         self, x_start: Tensor, class_labels: Tensor
@@ -272,7 +273,8 @@ class TrainingEngine:
         if not self.processes.leads:
             torch.manual_seed(seed + self.processes.rank)  # for dropout of its own
 
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         weights = min_snr_weights(self.scheduler, timesteps, self.min_snr_gamma)
         size = -(-len(x_start) // self.micro_batches)
         results = []
@@ -401,28 +403,40 @@ class TrainingEngine:
         Noise and timesteps are the same at every call: small differences are real differences.
         Several processes divide the images.
         """
-        generator = torch.Generator().manual_seed(step_seed(self.seed, -1))
-        N, T = len(x_start), self.scheduler.num_train_timesteps
-        # Every class meets every noise level: labels often come sorted, timesteps must not.
-        timesteps = (torch.randperm(N, generator=generator) * T // N).to(self.device)
-        # One draw per image, so that the noise does not depend on the batch size.
-        noise = torch.stack([torch.randn(x.shape, generator=generator) for x in x_start])
-        share = self.processes.share(N)
-        losses = torch.zeros(N, device=self.device)
+        share = self.processes.share(len(x_start))
+        timesteps, noise = self._fixed_draws(*x_start.shape)
+        own_x_start, own_labels = x_start[share], class_labels[share]
+        losses = torch.zeros(len(x_start), device=self.device)
 
         def loss_of(part: slice) -> Tensor:
-            part = slice(share.start + part.start, min(share.start + part.stop, share.stop))
             return diffusion_loss(
-                model, self.scheduler, x_start[part], noise[part].to(self.device), timesteps[part],
-                class_labels[part],
+                model, self.scheduler, own_x_start[part], noise[part], timesteps[part],
+                own_labels[part],
             )  # fmt: skip
 
         with evaluating(model), autocast(self.device, self.autocast_dtype):
             size = -(-batch_size // self.micro_batches)
-            parts = in_parts(loss_of, share.stop - share.start, size, "validation images")
+            parts = in_parts(loss_of, len(own_labels), size, "validation images")
         if parts:  # there may be fewer images than processes
             losses[share] = torch.cat(parts)
         return self.processes.sum(losses).mean().item()
+
+    def _fixed_draws(self, count: int, *shape: int) -> tuple[Tensor, Tensor]:
+        """Timesteps (n,) and noise (n, *shape) of this process's share of validation images.
+
+        Kept on the device: on the CPU, the same everywhere, they take longer than a validation.
+        """
+        if self._draws is None or self._draws[0] != (count, *shape):
+            generator = torch.Generator().manual_seed(step_seed(self.seed, -1))
+            share, T = self.processes.share(count), self.scheduler.num_train_timesteps
+            # Every class meets every noise level: labels often come sorted, timesteps must not.
+            timesteps = torch.randperm(count, generator=generator) * T // count
+            noise = torch.zeros(count, *shape)
+            for image in noise:
+                image.normal_(generator=generator)
+            draws = timesteps[share].to(self.device), noise[share].to(self.device)
+            self._draws = (count, *shape), draws
+        return self._draws[1]
 
     def fit(
         self,

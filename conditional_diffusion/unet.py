@@ -71,7 +71,9 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x (B, C_in, H, W), cond (B, cond_dim) -> (B, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.condition(cond)[:, :, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1)
+        # In float32, because 1 + scale would lose most of scale's digits in bfloat16.
+        condition = self.condition(cond).float()[:, :, None, None]
+        scale, shift = condition.chunk(2, dim=1)  # each (B, C_out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
         return self.skip(x) + h
@@ -220,7 +222,8 @@ class UNet(nn.Module):
 
     def patches(self, x: Tensor) -> Tensor:
         """Frequencies of the patches of x (B, C, H, W): (B, C p^2, H / p, W / p)."""
-        return F.conv2d(x, self.basis, stride=self.patch_size)
+        with torch.autocast(x.device.type, enabled=False):  # the high ones are small differences
+            return F.conv2d(x.float(), self.basis, stride=self.patch_size)
 
     @torch.no_grad()
     def measure(self, x_start: Tensor) -> None:

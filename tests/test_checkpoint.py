@@ -387,6 +387,16 @@ def test_best_is_kept_when_the_newest_push_it_out(tmp_path):
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 3
 
 
+def test_best_is_a_copy_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    def hardlink_to(self, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", hardlink_to)
+    path = save_checkpoint(tmp_path, state(1), keep=1, best=True)
+    assert (tmp_path / "best.pt").read_bytes() == path.read_bytes()
+    assert names(tmp_path) == ["best.pt", "checkpoint_00000001.pt"]
+
+
 def test_a_write_that_the_disk_garbles_is_noticed_before_the_old_one_goes(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, state(1), keep=1)
     write = torch.save

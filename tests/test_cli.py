@@ -19,6 +19,7 @@ import generate_samples
 import prepare_data
 import train_model
 import training_run
+from conditional_diffusion import CosineNoiseScheduler, TrainingEngine
 from conditional_diffusion.checkpoint import load_newest
 from config import CLASS_NAMES
 from data import TrainingBatches
@@ -127,7 +128,7 @@ def test_training_goes_on_where_the_compiler_fails(call, monkeypatch):
     call(train_model, *arguments)
     plain = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
 
-    def broken(model):
+    def broken(model, **options):
         def network(*inputs):
             raise RuntimeError("Failed to find C compiler.\nLong advice.")
 
@@ -144,7 +145,7 @@ def test_training_goes_on_where_the_compiler_fails(call, monkeypatch):
 def test_compiled_network_takes_the_training_steps_and_no_others(call, monkeypatch):
     calls = []
 
-    def counting(model):
+    def counting(model, **options):
         def network(*inputs):
             calls.append((model.training, len(inputs[0])))
             return model(*inputs)
@@ -155,6 +156,35 @@ def test_compiled_network_takes_the_training_steps_and_no_others(call, monkeypat
     arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--batch-size", 10, "--epochs", 1]
     assert call(train_model, *arguments, "--train.compile", "true")[0] == 0
     assert calls == 3 * [(True, 10)]  # the rehearsal and two steps
+
+
+def test_compiling_changes_no_gradient(awake_model, monkeypatch):
+    """In mixed precision too: what the network computes in float32 has float32 gradients."""
+    compile_ = torch.compile
+    # The same operations one by one, so that rounding is the same: generated code fuses them.
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: compile_(model, backend="aot_eager", **options)
+    )
+    gradients, batch = [], (torch.rand(4, 3, 16, 16) * 2 - 1, torch.arange(4))
+    for compiled in (False, True):
+        engine = TrainingEngine(awake_model(), CosineNoiseScheduler(50), total_steps=1,
+                                learning_rate=1e-3, autocast_dtype=torch.bfloat16)  # fmt: skip
+        if compiled:
+            training_run.compile_training(engine, batch)
+            assert engine.network is not engine.model
+        monkeypatch.setattr(engine.optimizer, "zero_grad", lambda: None)
+        engine.train_step(*batch)
+        gradients.append({name: p.grad for name, p in engine.model.named_parameters()})
+    assert_identical(gradients[1], gradients[0])
+
+
+def test_a_run_of_other_classes_is_not_continued(call, monkeypatch):
+    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 2]
+    call(train_model, *arguments, "--train.max_hours", 1e-9)
+    monkeypatch.setattr(train_model, "CLASS_NAMES", ("boat", *CLASS_NAMES[1:]))
+    status, said = call(train_model, *arguments)
+    assert status == 1
+    assert_one_sentence(said, "was trained on the classes airplane, ", "--fresh")
 
 
 def test_batch_size_auto_is_what_fits_and_is_remembered(call, monkeypatch):

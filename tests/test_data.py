@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import cifar10
 import data
@@ -223,7 +223,7 @@ def test_odd_modes_become_what_a_viewer_shows(tmp_path):
     tall = Image.new("RGB", (8, 8), (10, 10, 10))
     tall.paste((200, 200, 200), (0, 0, 8, 4))  # light above, which the tag turns to the right
     exif = Image.Exif()
-    exif[cifar10.EXIF_ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     files["train/cat/picture 0.png"] = encoded(clear)
     files["train/cat/picture 1.png"] = encoded(palette, transparency=0)
     files["train/cat/picture 2.png"] = encoded(Image.fromarray(ramp))
@@ -491,6 +491,23 @@ def test_batches_depend_on_the_step_alone():
         (x_start, labels), (other_x_start, other_labels) = next(from_start), next(started_late)
         torch.testing.assert_close(x_start, other_x_start, rtol=0, atol=0)
         assert labels.tolist() == other_labels.tolist()
+
+
+def test_a_batch_is_what_its_order_and_its_flips_say(monkeypatch):
+    """Against plain indexing, image by image; shares of several processes included."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=generator)
+    split = Split(pixels, torch.arange(20) % 10)
+    drawn = torch.tensor([True, False, False, True, True, False, True])
+    monkeypatch.setattr(TrainingBatches, "mirrored", lambda self, size, step: drawn[:size])
+    for share in (slice(0, 7), slice(0, 4), slice(4, 7), slice(2, 2)):
+        source = TrainingBatches(split, DataConfig(image_size=4), 7, 0, "cpu", lambda n: share)  # noqa: B023
+        x_start, labels = next(source.starting_at(1))
+        order = source.epoch_order(0)[7:14]
+        expected = [pixels[i].flip(-1) if flip else pixels[i] for i, flip in zip(order, drawn)]
+        expected = torch.stack(expected)[share] / 127.5 - 1
+        torch.testing.assert_close(x_start, expected, rtol=0, atol=1e-6)
+        assert labels.tolist() == split.labels[order].tolist()
 
 
 def test_flips_mirror_about_half_of_the_images():

@@ -122,6 +122,15 @@ def test_a_step_that_fails_or_gives_no_numbers(lines, monkeypatch):
         assert words in line and "Cure: " in line
 
 
+def test_commands_stand_on_lines_of_their_own(capsys):
+    cure = "replace torch:\n  python -m pip uninstall -y torch\n  python -m pip install torch"
+    doctor.show("GPU", doctor.Finding(False, "this torch is built without CUDA", cure))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines[-2:]] == [
+        "python -m pip uninstall -y torch", "python -m pip install torch"
+    ]  # fmt: skip
+
+
 def test_a_device_that_is_not_there(lines):
     if torch.cuda.is_available():
         pytest.skip("it is there")

@@ -16,7 +16,7 @@ import train_model
 from cifar10 import DataError
 from classifier import Recipe, cached_classifier
 from config import CLASS_NAMES, DataConfig
-from evaluate_samples import parse_scales, read_folder
+from evaluate_samples import at_n_floor, parse_scales, read_folder
 from evaluation import Evaluator, Pictures
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -171,6 +171,26 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
     assert record["pictures"] == "mine" and record["colour"]["mean"] == [255, 0, 0]
 
 
+def test_distances_stand_beside_those_of_as_many_held_out_pictures(evaluator, splits):
+    """Where fewer are held out than drawn, a score of as many drawn ones is shown as well."""
+    train = splits["train"]
+    report = evaluator.scores(Pictures(train.images[::2], None)).report
+    assert report["n"] == 300 and report["n_floor"] == 60
+    fewer = evaluator.scores(Pictures(train.images[::10], None)).report
+    assert report["frechet_distance_at_n_floor"] == pytest.approx(fewer["frechet_distance"])
+    assert at_n_floor(report, "frechet_distance").startswith("of 60 pictures ")
+    assert at_n_floor(report, "agreement") == ""
+    assert at_n_floor(fewer, "frechet_distance") == ""
+
+
+def test_a_checkpoint_of_other_classes_is_refused(call, monkeypatch):
+    call(train_model, *FULL)
+    monkeypatch.setattr(evaluate_samples, "CLASS_NAMES", ("boat", *CLASS_NAMES[1:]))
+    status, said = call(evaluate_samples, "--no-inception")
+    assert status == 1
+    assert_one_sentence(said, "was trained on the classes airplane, ", "CLASS_NAMES")
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [
@@ -182,6 +202,7 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
         (["--pictures", "absent", "--sweep", "1,2"], "needs a checkpoint"),
         (["--seed", str(2**63 - 5)], "--seed"),
         (["--device", "warp"], "warp"),
+        (["--data.image_size", "32"], "unknown argument"),
     ],
 )
 def test_bad_input_is_one_sentence(call, arguments, word):

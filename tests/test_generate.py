@@ -23,12 +23,12 @@ OUT = Path("generated_images")
 GIB = 2**30
 
 
-def make_checkpoint(folder: str, **more: str) -> Path:
+def make_checkpoint(folder: str, num_classes: int = len(CLASS_NAMES), **more: str) -> Path:
     """An untrained network whose parameters that start at zero got noise, so that it listens."""
     overrides = dict(zip(TINY_FLAGS[2::2], TINY_FLAGS[3::2]))
     overrides = {name.removeprefix("--"): value for name, value in overrides.items()}
     config = settings.apply_overrides(settings.demo(), {**overrides, **more})
-    model, _ = build_model(config, "cpu")
+    model, _ = build_model(config, "cpu", num_classes)
     raw = {name: value.clone() for name, value in model.state_dict().items()}
     for parameter in model.parameters():
         if not parameter.any():
@@ -42,6 +42,14 @@ def make_checkpoint(folder: str, **more: str) -> Path:
 @pytest.fixture
 def checkpoint(own_directory) -> Path:
     return make_checkpoint("run", **{"train.class_dropout_prob": "0.1"})
+
+
+def test_a_checkpoint_brings_its_own_classes(call, monkeypatch):
+    """Drawing needs no CLASS_NAMES that fit, only as many as the checkpoint was trained on."""
+    monkeypatch.setattr("test_generate.CLASS_NAMES", ("circle", "square"))
+    path = make_checkpoint("shapes", num_classes=2)
+    assert call(generate_samples, path, "--device", "cpu", "--samples", 1)[0] == 0
+    assert {path.name for path in OUT.glob("*_0000.png")} == {"circle_0000.png", "square_0000.png"}
 
 
 @pytest.fixture

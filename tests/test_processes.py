@@ -20,8 +20,8 @@ from PIL import Image
 import launch as launcher
 import train_model
 import training_run
-from command_line import LAUNCH_FOLDER, MISTAKE, status_of
 from cifar10 import DataError
+from command_line import LAUNCH_FOLDER, MISTAKE, status_of
 from conditional_diffusion import CosineNoiseScheduler, TrainingEngine, UNet, processes
 from conditional_diffusion.checkpoint import CheckpointError, WriteError
 from conditional_diffusion.memory import OutOfMemory
@@ -125,7 +125,7 @@ def compile_in_the_first_of_two(group: Processes) -> tuple[bool, dict]:
     """(whether training goes on without a compiler, weights after a step)."""
     compile_ = torch.compile
 
-    def compiler(network):
+    def compiler(network, **options):
         if group.rank == 1:
             raise RuntimeError("no compiler here")
         return compile_(network, backend="eager")

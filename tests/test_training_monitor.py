@@ -28,10 +28,14 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
         monitor.record("validation", step=3, loss=0.4, loss_ema=0.3)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # what a killed run leaves
+    (tmp_path / "quick-test").mkdir()
+    stale, of_another = tmp_path / "curves.png.tmp", tmp_path / "quick-test" / "curves.png.tmp"
+    stale.touch(), of_another.touch()
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(2, {"mode": "demo"})
         monitor.record("train", step=3, **RECORD)
         monitor.end("finished")
+    assert of_another.exists() and not stale.exists()
     records = read_metrics(tmp_path)
     expected = [("train", 1), ("train", 2), ("resume", 2), ("train", 3)]
     assert [(r["kind"], r["step"]) for r in records] == expected
