@@ -253,8 +253,9 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         unfinished.mkdir()
         try:
+            skipped = 0
             if archive:
-                skipped = write_published(read_published(archive), unfinished)
+                write_arrays(read_published(archive), unfinished)
             else:
                 splits = assign_splits(pictures, source)
                 skipped = write_pictures(splits, data, unfinished, progress)
@@ -318,11 +319,10 @@ def read_member(archive: Path, name: str) -> bytes:
         raise DataError(f"{archive}: cannot read {name} ({error}); fetch it again") from error
 
 
-def write_published(splits: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> int:
+def write_arrays(splits: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
     for split, (images, labels) in splits.items():
         np.save(folder / f"{split}_images.npy", images)
         np.save(folder / f"{split}_labels.npy", labels)
-    return 0
 
 
 def write_pictures(
@@ -350,8 +350,8 @@ def write_pictures(
                 continue
             images[len(labels)] = pixels
             labels.append(picture.label)
-        np.save(folder / f"{split}_images.npy", images[: len(labels)])
-        np.save(folder / f"{split}_labels.npy", np.asarray(labels, dtype=np.int64))
+        arrays = images[: len(labels)], np.asarray(labels, dtype=np.int64)
+        write_arrays({split: arrays}, folder)
     if failures and not data.skip_unreadable:
         listed = "; ".join(failures[:10]) + ("; ..." if len(failures) > 10 else "")
         raise DataError(

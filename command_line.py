@@ -52,16 +52,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest_flag(word: str, flags: list[str]) -> str:
-    if not word.startswith("-"):
-        return "`--help` lists what there is"
-    # "--epoch", "--train.epoch" and "--lerning_rate" should all find their setting.
-    close = settings.nearest(word, flags)
-    if close.startswith("valid:"):
-        bare = {flag.rpartition(".")[2]: flag for flag in flags if "." in flag}
-        close = settings.nearest(word.lstrip("-"), bare)
-        for name, flag in bare.items():
-            close = close.replace(repr(name), repr(flag))
-    return "`--help` lists what there is" if close.startswith("valid:") else close
+    flag = settings.nearest_word(word, flags) if word.startswith("-") else None
+    return f"the nearest valid one is {flag!r}" if flag else "`--help` lists what there is"
 
 
 def add_config_flags(

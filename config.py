@@ -5,6 +5,7 @@ Order of precedence: the defaults below (the full run) < the mode's preset < the
 
 import difflib
 import math
+import operator
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +17,8 @@ CLASS_NAMES = (
 
 LARGEST_SEED = 2**63 - 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SWITCH = ("auto", "true", "false")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 AUTO_BATCH = 0  # what "auto" means as a batch size
 
 
@@ -28,13 +31,21 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def nearest_word(name: str, valid: typing.Iterable[str]) -> str | None:
+    """The valid word nearest to a mistyped one, or None.
+
+    Also by the last part alone: "epochs" and "lerning_rate" find their settings.
+    """
+    last_parts = {word.rpartition(".")[2]: word for word in valid}
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    close = close or difflib.get_close_matches(name.lstrip("-"), last_parts, n=1, cutoff=0.5)
+    return last_parts.get(close[0], close[0]) if close else None
+
+
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """A phrase that names the valid word nearest to a mistyped one."""
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    # A field without its section, "epochs", still finds "train.epochs".
-    close = close or [word for word in valid if word.rpartition(".")[2] == name]
-    return f"the nearest valid one is {close[0]!r}" if close else f"valid: {', '.join(valid)}"
+    word = nearest_word(name, valid)
+    return f"the nearest valid one is {word!r}" if word else f"valid: {', '.join(valid)}"
 
 
 def describe(kind) -> str:
@@ -53,200 +64,191 @@ def has_type(value, kind) -> bool:
     return type(value) is kind
 
 
-def check_types(section, prefix: str) -> None:
-    for f in fields(section):
-        value = getattr(section, f.name)
-        good = has_type(value, f.type)
-        require(good, f"{prefix}.{f.name} must be {describe(f.type)}, not {value!r}")
+def option(default, help: str, *, least=None, above=None, most=None, one_of=()):
+    """A field whose meaning and unit also appear in `--help`, and the values it may take.
 
-
-def require_at_least(section, prefix: str, name: str, least: float) -> None:
-    value = getattr(section, name)
-    require(value >= least, f"{prefix}.{name} must be at least {least}, not {value}")
-
-
-def require_one_of(section, prefix: str, name: str, valid: tuple[str, ...]) -> None:
-    value = getattr(section, name)
-    require(value in valid, f"{prefix}.{name} {value!r} is unknown; {nearest(value, valid)}")
-
-
-def option(default, help: str):
-    """A field whose meaning and unit also appear in `--help`."""
-    return field(default=default, metadata={"help": help})
+    Every entry of a tuple has to keep the bounds.
+    """
+    bounds = {"least": least, "above": above, "most": most, "one_of": one_of}
+    return field(default=default, metadata={"help": help, **bounds})
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    base_channels: int = option(64, "channels of the first level")
+class Section:
+    """Settings that belong together; values of the wrong type or out of bounds are refused."""
+
+    def __post_init__(self):
+        prefix = type(self).__name__.removesuffix("Config").lower()
+        for f in fields(self):
+            name, value, bounds = f"{prefix}.{f.name}", getattr(self, f.name), f.metadata
+            require(has_type(value, f.type), f"{name} must be {describe(f.type)}, not {value!r}")
+            if valid := bounds["one_of"]:
+                require(value in valid, f"{name} {value!r} is unknown; {nearest(value, valid)}")
+            for one in value if isinstance(value, tuple) else (value,):
+                for key, word, keeps in (("least", "at least", operator.ge),
+                                         ("above", "above", operator.gt),
+                                         ("most", "at most", operator.le)):  # fmt: skip
+                    bound = bounds[key]
+                    good = bound is None or keeps(one, bound)
+                    require(good, f"{name} must be {word} {bound}, not {one}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    base_channels: int = option(64, "channels of the first level", least=1)
     channel_mult: tuple[int, ...] = option(
-        (1, 2, 4), "channels of each level, in base_channels; each level halves the feature map"
-    )
+        (1, 2, 4), "channels of each level, in base_channels; each level halves the feature map",
+        least=1,
+    )  # fmt: skip
     num_res_blocks: tuple[int, ...] = option(
-        (2, 3, 3), "residual blocks of each level, on the way down and again on the way up"
-    )
+        (2, 3, 3), "residual blocks of each level, on the way down and again on the way up",
+        least=1,
+    )  # fmt: skip
     attention_sizes: tuple[int, ...] = option(
         (16, 8), "feature map sizes, in positions a side, that get self-attention"
     )
     patch_size: int = option(
-        4, "pixels a side of a patch: 4 puts the first level of a 128-pixel image at 32x32"
+        4, "pixels a side of a patch: 4 puts the first level of a 128-pixel image at 32x32", least=1
     )
-    time_embed_dim: int = option(128, "width of the time embedding")
-    class_embed_dim: int = option(128, "width of the class embedding")
-    dropout: float = option(0.0, "dropout probability in residual blocks")
+    time_embed_dim: int = option(128, "width of the time embedding", least=2)
+    class_embed_dim: int = option(128, "width of the class embedding", least=1)
+    dropout: float = option(0.0, "dropout probability in residual blocks", least=0)
 
     def __post_init__(self):
-        check_types(self, "model")
-        for name in ("base_channels", "patch_size", "time_embed_dim", "class_embed_dim"):
-            require_at_least(self, "model", name, 1)
+        super().__post_init__()
         require(self.time_embed_dim % 2 == 0, "model.time_embed_dim must be even")
         require(
             len(self.channel_mult) == len(self.num_res_blocks) > 0,
             f"model.channel_mult {self.channel_mult} and model.num_res_blocks "
             f"{self.num_res_blocks} need one entry per level each",
         )
-        require(
-            min(self.channel_mult + self.num_res_blocks) >= 1,
-            "model.channel_mult and model.num_res_blocks must hold whole numbers of at least 1",
-        )
-        require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), not {self.dropout}")
+        require(self.dropout < 1, f"model.dropout must be below 1, not {self.dropout}")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    num_train_timesteps: int = option(1000, "diffusion timesteps T")
-    prediction_type: str = option("v_prediction", "epsilon, sample or v_prediction")
+class DiffusionConfig(Section):
+    num_train_timesteps: int = option(1000, "diffusion timesteps T", least=2)
+    prediction_type: str = option(
+        "v_prediction", "epsilon, sample or v_prediction",
+        one_of=("epsilon", "sample", "v_prediction"),
+    )  # fmt: skip
     reference_size: int = option(
         32, "image size in pixels for which the plain cosine schedule is right; the data are "
-        "enlarged 32-pixel pictures, so larger images get proportionally more noise"
+        "enlarged 32-pixel pictures, so larger images get proportionally more noise", least=1
     )  # fmt: skip
-    min_snr_gamma: float = option(5.0, "min-SNR loss weighting; 0 weighs all timesteps alike")
-
-    def __post_init__(self):
-        check_types(self, "diffusion")
-        require_at_least(self, "diffusion", "num_train_timesteps", 2)
-        require_at_least(self, "diffusion", "reference_size", 1)
-        require_at_least(self, "diffusion", "min_snr_gamma", 0)
-        require_one_of(
-            self, "diffusion", "prediction_type", ("epsilon", "sample", "v_prediction")
-        )
+    min_snr_gamma: float = option(
+        5.0, "min-SNR loss weighting; 0 weighs all timesteps alike", least=0
+    )
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    dataset: str = option("cifar10", "cifar10, or pictograms drawn by the program")
+class DataConfig(Section):
+    dataset: str = option(
+        "cifar10", "cifar10, or pictograms drawn by the program", one_of=("cifar10", "pictograms")
+    )
     data_dir: str = option("", "folder, zip or archive with the pictures; empty: search")
-    image_size: int = option(128, "height and width in pixels of what the model sees")
-    samples_per_class: int = option(0, "training images per class; 0: all there are")
-    repeats: int = option(1, "times each training image is shown per epoch")
+    image_size: int = option(128, "height and width in pixels of what the model sees", least=1)
+    samples_per_class: int = option(0, "training images per class; 0: all there are", least=0)
+    repeats: int = option(1, "times each training image is shown per epoch", least=1)
     horizontal_flip: bool = option(True, "mirror each training image with probability 1/2")
     skip_unreadable: bool = option(False, "leave out images that cannot be read, with a count")
 
-    def __post_init__(self):
-        check_types(self, "data")
-        require_one_of(self, "data", "dataset", ("cifar10", "pictograms"))
-        require_at_least(self, "data", "image_size", 1)
-        require_at_least(self, "data", "samples_per_class", 0)
-        require_at_least(self, "data", "repeats", 1)
-
 
 @dataclass(frozen=True)
-class TrainConfig:
-    epochs: int = option(100, "passes over the training images")
-    batch_size: int = option(128, "images per optimizer step; auto or 0: what fits on the GPU")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
-    warmup_steps: int = option(500, "steps of linear warm-up to the peak")
-    final_lr_fraction: float = option(0.02, "learning rate at the last step, in peaks (cosine)")
-    weight_decay: float = option(0.01, "decoupled weight decay of AdamW")
-    grad_clip: float = option(1.0, "largest gradient norm; longer gradients are scaled to it")
+class TrainConfig(Section):
+    epochs: int = option(100, "passes over the training images", least=1)
+    batch_size: int = option(
+        128, "images per optimizer step; auto or 0: what fits on the GPU", least=AUTO_BATCH
+    )
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    warmup_steps: int = option(500, "steps of linear warm-up to the peak", least=0)
+    final_lr_fraction: float = option(
+        0.02, "learning rate at the last step, in peaks (cosine)", least=0, most=1
+    )
+    weight_decay: float = option(0.01, "decoupled weight decay of AdamW", least=0)
+    grad_clip: float = option(
+        1.0, "largest gradient norm; longer gradients are scaled to it", above=0
+    )
     class_dropout_prob: float = option(
-        0.1, "probability of training on the null label, which guidance needs; 0: no guidance"
+        0.1, "probability of training on the null label, which guidance needs; 0: no guidance",
+        least=0, most=1,
+    )  # fmt: skip
+    ema_halflife_images: int = option(
+        500_000, "half-life of the weight average, in images", least=1
     )
-    ema_halflife_images: int = option(500_000, "half-life of the weight average, in images")
     ema_rampup_ratio: float = option(
-        0.1, "the half-life is at most this share of the images seen, so short runs average too"
+        0.1, "the half-life is at most this share of the images seen, so short runs average too",
+        above=0,
+    )  # fmt: skip
+    seed: int = option(
+        0, "seed of weights, data order, noise and sample grids", least=0, most=LARGEST_SEED
     )
-    seed: int = option(0, "seed of weights, data order, noise and sample grids")
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     precision: str = option(
         "auto", "auto (on CUDA bf16, or fp16 with loss scaling, if the GPU is fast at it), fp32, "
-        "bf16, fp16"
+        "bf16, fp16", one_of=PRECISIONS
     )  # fmt: skip
-    channels_last: str = option("auto", "memory layout of the network: auto (on CUDA), true, false")
+    channels_last: str = option(
+        "auto", "memory layout of the network: auto (on CUDA), true, false", one_of=SWITCH
+    )
     compile: str = option(
         "auto", "torch.compile of the training step: auto (on CUDA), true, false; the first step "
-        "then takes minutes"
+        "then takes minutes", one_of=SWITCH
     )  # fmt: skip
     deterministic: bool = option(
         False, "the same weights bit for bit from the same seed on CUDA too, as always on a CPU; "
         "slower"
     )  # fmt: skip
-    log_every: int = option(20, "steps between lines in metrics.jsonl")
+    log_every: int = option(20, "steps between lines in metrics.jsonl", least=1)
     # A fast GPU takes 2000 steps in half a minute; slower runs are saved every save_minutes.
-    validate_every: int = option(2000, "steps between validation losses; always at the end")
-    validation_images: int = option(512, "held-out images in the validation loss")
-    sample_every: int = option(2000, "steps between sample grids; always at the end")
-    save_every: int = option(
-        2000, "steps between checkpoints; always at the end; one of a validated step can be best.pt"
-    )  # fmt: skip
-    save_minutes: float = option(10.0, "longest time between two checkpoints, in minutes")
-    keep_checkpoints: int = option(3, "newest checkpoints kept; older ones but best.pt go")
-    max_skipped_steps: int = option(
-        5, "consecutive batches without a finite gradient that are skipped before the run stops"
+    validate_every: int = option(
+        2000, "steps between validation losses; always at the end", least=1
     )
-    max_hours: float = option(0.0, "stop and save after this many hours; 0: no limit")
-
-    def __post_init__(self):
-        check_types(self, "train")
-        positive = (
-            "epochs", "ema_halflife_images", "log_every", "validate_every",
-            "validation_images", "sample_every", "save_every", "keep_checkpoints",
-        )  # fmt: skip
-        for name in positive:
-            require_at_least(self, "train", name, 1)
-        require_at_least(self, "train", "batch_size", AUTO_BATCH)
-        for name in ("warmup_steps", "weight_decay", "seed", "save_minutes", "max_skipped_steps",
-                     "max_hours"):  # fmt: skip
-            require_at_least(self, "train", name, 0)
-        require(self.seed <= LARGEST_SEED, f"train.seed must be at most {LARGEST_SEED}")
-        for name in ("learning_rate", "grad_clip", "ema_rampup_ratio"):
-            require(getattr(self, name) > 0, f"train.{name} must be above 0")
-        for name in ("final_lr_fraction", "class_dropout_prob"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"train.{name} must lie in [0, 1], not {value}")
-        require_one_of(self, "train", "precision", PRECISIONS)
-        for name in ("channels_last", "compile"):
-            require_one_of(self, "train", name, ("auto", "true", "false"))
+    validation_images: int = option(512, "held-out images in the validation loss", least=1)
+    sample_every: int = option(2000, "steps between sample grids; always at the end", least=1)
+    save_every: int = option(
+        2000, "steps between checkpoints; always at the end; one of a validated step can be "
+        "best.pt", least=1
+    )  # fmt: skip
+    save_minutes: float = option(10.0, "longest time between two checkpoints, in minutes", least=0)
+    keep_checkpoints: int = option(3, "newest checkpoints kept; older ones but best.pt go", least=1)
+    max_skipped_steps: int = option(
+        5, "consecutive batches without a finite gradient that are skipped before the run stops",
+        least=0,
+    )  # fmt: skip
+    max_hours: float = option(0.0, "stop and save after this many hours; 0: no limit", least=0)
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    sampler: str = option("ddpm", "ddpm, ddim or dpm-solver++, of `make generate`")
-    num_inference_steps: int = option(50, "denoising steps of `make generate`")
-    eta: float = option(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm")
-    grid_sampler: str = option("dpm-solver++", "sampler of the grids drawn during training")
-    grid_steps: int = option(20, "denoising steps of the grids drawn during training")
-    guidance_scale: float = option(2.0, "uncond + scale (cond - uncond); 1: no guidance")
-    guidance_interval: tuple[float, ...] = option(
-        (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end"
+class SampleConfig(Section):
+    sampler: str = option("ddpm", "ddpm, ddim or dpm-solver++, of `make generate`", one_of=SAMPLERS)
+    num_inference_steps: int = option(50, "denoising steps of `make generate`", least=1)
+    eta: float = option(
+        0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", least=0, most=1
     )
-    precision: str = option("auto", "auto (bf16 where the GPU has it), fp32, bf16 or fp16")
+    grid_sampler: str = option(
+        "dpm-solver++", "sampler of the grids drawn during training", one_of=SAMPLERS
+    )
+    grid_steps: int = option(20, "denoising steps of the grids drawn during training", least=1)
+    guidance_scale: float = option(2.0, "uncond + scale (cond - uncond); 1: no guidance", least=0)
+    guidance_interval: tuple[float, ...] = option(
+        (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end",
+        least=0, most=1,
+    )  # fmt: skip
+    precision: str = option(
+        "auto", "auto (bf16 where the GPU has it), fp32, bf16 or fp16", one_of=PRECISIONS
+    )
     clip_x_start: bool = option(True, "clip the predicted clean image to [-1, 1] at each step")
     batch_size: int = option(
-        100, "pictures denoised together in the grids drawn during training; elsewhere what fits"
-    )
+        100, "pictures denoised together in the grids drawn during training; elsewhere what fits",
+        least=1,
+    )  # fmt: skip
 
     def __post_init__(self):
-        check_types(self, "sample")
-        for name in ("sampler", "grid_sampler"):
-            require_one_of(self, "sample", name, ("ddpm", "ddim", "dpm-solver++"))
-        require_one_of(self, "sample", "precision", PRECISIONS)
-        for name in ("num_inference_steps", "grid_steps", "batch_size"):
-            require_at_least(self, "sample", name, 1)
-        require_at_least(self, "sample", "guidance_scale", 0)
-        require(0 <= self.eta <= 1, f"sample.eta must lie in [0, 1], not {self.eta}")
+        super().__post_init__()
         interval = self.guidance_interval
         require(
-            len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
+            len(interval) == 2 and interval[0] <= interval[1],
             f"sample.guidance_interval must be two fractions, low,high, not {interval}",
         )
 

@@ -114,6 +114,11 @@ def to_images(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def to_arrays(x: Tensor) -> np.ndarray:
+    """x (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), as pictures are drawn and written."""
+    return to_images(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def sent(index: Tensor, device: torch.device) -> Tensor:
     """A small index there, without waiting, as a plain copy would, for all that the GPU has to do.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from cifar10 import Progress
 from classifier import INPUT_SIZE, cached_classifier, look_at, to_input
 from config import CLASS_NAMES
-from data import Split, to_images, to_x_start
+from data import Split, to_arrays, to_images, to_x_start
 from scores import (
     NEIGHBOURS,
     Neighbours,
@@ -20,7 +20,7 @@ from scores import (
     near_copies,
     nearest,
 )
-from training_monitor import labelled_grid, save_image, to_uint8
+from training_monitor import labelled_grid, save_image
 
 COLOUR_IMAGES = 5000  # of the training set, for its colours
 PAIRS = 10  # closest pairs drawn
@@ -134,17 +134,15 @@ class Evaluator:
             images += [to_x_start(pictures.images[order], size), to_x_start(originals, size)]
         names = [f"pair {i + 1}" for i in range(len(order))]
         title = "sample above nearest training image: by features, then by pixels"
-        save_image(labelled_grid(to_uint8(torch.cat(images)), names, title), path)
+        save_image(labelled_grid(to_arrays(torch.cat(images)), names, title), path)
 
 
 def draw_confusion(confusion: Tensor, path: Path) -> None:
     """The confusion matrix (classes, classes) in per cent of the row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     ticks = range(len(CLASS_NAMES))
@@ -162,7 +160,6 @@ def draw_confusion(confusion: Tensor, path: Path) -> None:
 
 def draw_sweep(records: Sequence[dict], path: Path) -> None:
     """Agreement and distances against the guidance scale, with what real pictures score."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = {
@@ -172,7 +169,6 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
     if all("fid" in record["inception"] for record in records):
         panels["fid"] = ("FID", lambda r: r["inception"]["floor"]["fid"])
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     scales = [record["guidance_scale"] for record in records]
     for axes, (key, (title, floor)) in zip(figure.subplots(1, len(panels)), panels.items()):
         values = [{**record["inception"], **record}[key] for record in records]

@@ -9,7 +9,6 @@ memory.
 
 import json
 import tempfile
-from collections.abc import Sequence
 from itertools import count, product
 from pathlib import Path
 
@@ -36,13 +35,14 @@ from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import ConfigError
+from data import to_arrays
 from drawing import Drawing, open_checkpoint
 from training_monitor import (
+    evenly,
     labelled_grid,
     save_animation,
     save_image,
     say,
-    to_uint8,
     write_json,
 )
 
@@ -111,13 +111,6 @@ def as_text(facts: dict) -> dict[str, str]:
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
 
-def evenly(items: Sequence, most: int) -> Sequence:
-    """At most so many of the items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
 class Album:
     """Puts pictures and the facts of how they were made into a folder.
 
@@ -159,7 +152,7 @@ class Album:
         if done in self.states and first > 0:
             self.states[done][self.drawn] = torch.stack([x_t[:first], x_start[:first]]).cpu()
         if done == len(self.timesteps):
-            self.add(to_uint8(x_t))
+            self.add(to_arrays(x_t))
 
     def add(self, images: np.ndarray) -> None:
         """The next finished pictures, uint8 (B, H, W, 3)."""
@@ -196,7 +189,7 @@ class Album:
         """
         # Per step, (2 * classes, H, W, 3): first every class's x_t, then every class's x_start.
         states = {
-            done: to_uint8(torch.cat(list(parts.values()), dim=1).flatten(0, 1))
+            done: to_arrays(torch.cat(list(parts.values()), dim=1).flatten(0, 1))
             for done, parts in self.states.items()
         }
         steps, classes = len(self.timesteps), len(self.names)

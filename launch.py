@@ -7,6 +7,7 @@ One process without restarts is plain Python. What the first process says appear
 others only what they say when one of them fails.
 """
 
+import argparse
 import logging
 import os
 import shlex
@@ -35,7 +36,7 @@ USER_ERRORS = (ConfigError,)
 TAIL = 30  # lines of a failed process that are shown
 LOOPBACK = "127.0.0.1"
 TORCH_LEVEL = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
-MEETING_SECONDS = 600  # for machines to start after each other
+MEETING_SECONDS = 600  # for machines to start after each other; as processes.MEETING
 # For a step, a grid and a checkpoint, which a signal interrupts nowhere; then torch kills.
 STOPPING_SECONDS = 300
 STOPPING_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -53,12 +54,8 @@ def parse_arguments():
     parser.add_argument("--restarts", metavar="N", default="0",
                         help="times to go on from the last checkpoint when a process dies (0)")
     parser.add_argument("script", help="what to run; its own arguments follow")
-    arguments, own = sys.argv[1:], []
-    while arguments:  # everything from the script on is for the script
-        own.append(arguments.pop(0))
-        if own[-1].endswith(".py"):
-            break
-    return parser.parse_args(own), arguments
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def parse_index(name: str, text: str, count: int) -> int:
@@ -180,13 +177,13 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
 
 
 def main() -> int:
-    args, arguments = parse_arguments()
+    args = parse_arguments()
     with loading_quietly():
         gpus, nodes = count_gpus(args.gpus), parse_count("--nodes", args.nodes)
     restarts = parse_index("--restarts", args.restarts, 1000)
     if not Path(args.script).is_file():
         raise ConfigError(f"{args.script} is no script here")
-    script = [args.script, *arguments]
+    script = [args.script, *args.arguments]
     if gpus == nodes == 1 and not restarts:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *script])

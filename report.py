@@ -17,6 +17,8 @@ from health import quarter_words, verdict
 from run_status import energy_text, read_facts
 from training_monitor import (
     RUN_DIRECTORIES,
+    by_kind,
+    evenly,
     read_metrics,
     read_records,
     sample_path,
@@ -47,11 +49,7 @@ slider.addEventListener('input', show); show();
 def grid_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the EMA's grids, at most MOST_GRIDS, first and last among them."""
     paths = sorted((folder / "samples").glob("step_*_ema.png"))
-    steps = [(int(path.name.split("_")[1]), path) for path in paths]
-    if len(steps) > MOST_GRIDS:
-        chosen = {round(i * (len(steps) - 1) / (MOST_GRIDS - 1)) for i in range(MOST_GRIDS)}
-        steps = [steps[i] for i in sorted(chosen)]
-    return steps
+    return [(int(path.name.split("_")[1]), path) for path in evenly(paths, MOST_GRIDS)]
 
 
 def read_json(path: Path) -> dict:
@@ -186,10 +184,7 @@ def write_report(folder: Path) -> Path:
     run, plain = read_json(folder / "run.json"), read_json(folder / "config.json")
     run["state"] = read_facts(folder)["state"]  # which knows of a run that was killed
     records = read_metrics(folder)
-    train, validation, warnings = (
-        [record for record in records if record["kind"] == kind]
-        for kind in ("train", "validation", "warning")
-    )
+    train, validation, warnings = by_kind(records, "train", "validation", "warning")
     grids = grid_files(folder)
     title = f"{plain.get('mode', run.get('mode', ''))} run in {folder}"
     cautions = table([(f"step {w['step']}", w["message"]) for w in warnings[-20:]],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
 from health import quarter_words, verdict
-from training_monitor import RUN_DIRECTORIES, duration, read_metrics, time_left
+from training_monitor import RUN_DIRECTORIES, by_kind, duration, read_metrics, time_left
 
 NO_RUN = "No training run yet: type `make demo` for a small one or `make train`."
 UNKNOWN = {"state": "unknown: run.json is missing or damaged", "device": "unknown device",
@@ -82,10 +82,7 @@ def find_runs(root: Path) -> list[Run]:
     for mode, name in RUN_DIRECTORIES.items():
         folder = root / name
         facts, records = read_facts(folder), read_metrics(folder)
-        train, validation, warnings = (
-            [record for record in records if record["kind"] == kind]
-            for kind in ("train", "validation", "warning")
-        )
+        train, validation, warnings = by_kind(records, "train", "validation", "warning")
         checkpoints = list_files(folder, "*.pt")
         samples = list_files(folder / "samples", "*.png")
         if facts is not UNKNOWN or records or checkpoints:
@@ -289,7 +286,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("status", "monitor"))
     parser.add_argument("--json", action="store_true", help="the same as JSON, once")
-    parser.add_argument("--once", action="store_true", help="monitor: one screen, then exit")
     parser.add_argument("--root", type=Path, default=Path(), help="where the run directories are")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # for an output that lacks the blocks
@@ -300,7 +296,7 @@ def main() -> None:
         print(json.dumps(content, indent=1))
     elif args.command == "status":
         print(format_status(find_runs(args.root), time.time()))
-    elif args.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    elif not (sys.stdin.isatty() and sys.stdout.isatty()):
         runs, processes = find_runs(args.root), query_processes()
         print(*format_monitor(runs, query_gpus(), time.time(), 80, 99, processes), sep="\n")
     else:

@@ -25,7 +25,8 @@ RUN_DIRECTORIES = {
 }  # in the order in which `make generate` looks for a checkpoint
 PACE = 20  # records from which the time left is worked out
 LINE_SECONDS = 60  # between progress lines where the output is not a terminal
-FRAME_MILLISECONDS = 100  # of an animation
+LEAST_SIDE = 64  # pixels of a picture in a grid
+FRAME_MILLISECONDS, LAST_MILLISECONDS = 100, 2000  # of an animation
 LINEAR_PANELS = ("learning rate", "images per second")
 SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
 
@@ -70,6 +71,18 @@ def read_records(path: Path) -> list[dict]:
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run's metrics.jsonl."""
     return read_records(Path(folder) / "metrics.jsonl")
+
+
+def by_kind(records: Sequence[dict], *kinds: str) -> list[list[dict]]:
+    """The records of each of these kinds."""
+    return [[record for record in records if record["kind"] == kind] for kind in kinds]
+
+
+def evenly(items: Sequence, most: int) -> Sequence:
+    """At most so many of the items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def acquire_lock(folder: Path) -> TextIO:
@@ -230,9 +243,9 @@ class TrainingMonitor:
         ) + ("" if left is None else f", {duration(left)} left")  # fmt: skip
 
     def draw_samples(self, step: int, name: str, images, class_names: Sequence[str]) -> Path:
-        """A labelled grid of x in [-1, 1], (rows * classes, 3, H, W), classes taking turns."""
+        """A labelled grid of uint8 images (rows * classes, H, W, 3), classes taking turns."""
         path = sample_path(self.folder, step, name)
-        save_image(labelled_grid(to_uint8(images), class_names, f"step {step}, {name}"), path)
+        save_image(labelled_grid(images, class_names, f"step {step}, {name}"), path)
         return path
 
     def draw_curves(self) -> None:
@@ -243,23 +256,16 @@ def sample_path(folder: Path, step: int, name: str) -> Path:
     return folder / "samples" / f"step_{step:08d}_{name}.png"
 
 
-def to_uint8(images):
-    """Tensor (N, 3, H, W) in [-1, 1] -> numpy uint8 (N, H, W, 3), rounded to the nearest level."""
-    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
-    return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 def labelled_grid(
-    images, column_names: Sequence[str], title: str = "", least_side: int = 64,
-    row_names: Sequence[str] = (),
-):  # fmt: skip
+    images, column_names: Sequence[str], title: str = "", row_names: Sequence[str] = ()
+):
     """A PIL picture of uint8 images (N, H, W, 3), filled row by row under the column names.
 
-    Images smaller than least_side pixels are enlarged to it so that the names fit.
+    Images smaller than LEAST_SIDE pixels are enlarged to it so that the names fit.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    side = max(images.shape[1], least_side)
+    side = max(images.shape[1], LEAST_SIDE)
     columns, rows = len(column_names), -(-len(images) // len(column_names))
     gap, text = 4, max(11, side // 8)
     font = ImageFont.load_default(text)
@@ -297,10 +303,10 @@ def save_image(image, path: Path, facts: dict[str, str] | None = None) -> None:
     os.replace(unfinished, path)
 
 
-def save_animation(frames: Sequence, path: Path, comment: str, last_seconds: float = 2.0) -> None:
+def save_animation(frames: Sequence, path: Path, comment: str) -> None:
     """Write PIL pictures as a GIF that loops, its last frame held, in one step."""
     unfinished = path.with_name(f"{path.name}.tmp")
-    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [int(1000 * last_seconds)]
+    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
     frames[0].save(
         unfinished, format="GIF", save_all=True, append_images=frames[1:], duration=durations,
         loop=0, comment=comment.encode(),
@@ -319,15 +325,11 @@ def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
 
 def draw_curves(records: list[dict], path: Path) -> None:
     """training_curves.png: losses, losses by noise level, learning rate, gradient, throughput."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
+    train, validation, resumed = by_kind(records, "train", "validation", "resume")
     steps = [record["step"] for record in train]
-    resumed = any(record["kind"] == "resume" for record in records)
     figure = Figure(figsize=(15, 8), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = dict(zip(
         ("loss", "validation loss", "loss by noise level", "learning rate", "gradient norm",
          "images per second"), figure.subplots(2, 3).flat,
@@ -353,10 +355,9 @@ def draw_curves(records: list[dict], path: Path) -> None:
         panels[panel].plot(steps, smoothed(values), color="tab:blue")
     # A line alone, in a panel without data, would leave a logarithmic axis without limits.
     filled = [axes for axes in panels.values() if any(len(line.get_xdata()) for line in axes.lines)]
-    for record in records:
-        if record["kind"] == "resume":
-            for axes in filled:
-                axes.axvline(record["step"], color="grey", linestyle=":", linewidth=1)
+    for record in resumed:
+        for axes in filled:
+            axes.axvline(record["step"], color="grey", linestyle=":", linewidth=1)
 
     for name, axes in panels.items():
         axes.set(title=name, xlabel="step (dotted: continued)" if resumed else "step")

@@ -17,18 +17,18 @@ from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
-from data import Split, TrainingBatches, to_x_start
+from data import Split, TrainingBatches, to_arrays, to_x_start
 from gpu_status import EnergyMeter
 from health import LossWatch, picture_findings, validation_findings
 from scores import nearest_images
 from training_monitor import (
     TrainingMonitor,
+    by_kind,
     labelled_grid,
     read_metrics,
     sample_path,
     save_image,
     say,
-    to_uint8,
     write_json,
 )
 
@@ -134,8 +134,8 @@ class Run:
         self.energy_meter = EnergyMeter(gpu_uuid(device))
         self.reported_skips = self.engine.skipped_steps
         self.loss_watch = LossWatch(
-            record for record in read_metrics(folder)
-            if record["kind"] == "train" and record["step"] <= self.engine.step
+            record for record in by_kind(read_metrics(folder), "train")[0]
+            if record["step"] <= self.engine.step
         )  # fmt: skip
         self.validation = self.spread_images(splits["test"], train.validation_images)
 
@@ -226,8 +226,7 @@ class Run:
             return
         if self.config.mode == "full":  # the others memorise on purpose
             records = read_metrics(self.folder)
-            train, validation = ([r for r in records if r["kind"] == kind]
-                                 for kind in ("train", "validation"))  # fmt: skip
+            train, validation = by_kind(records, "train", "validation")
             for finding in validation_findings(train, [*validation, record]):
                 monitor.warn(self.engine.step, finding)
         monitor.record("validation", **record)
@@ -237,7 +236,7 @@ class Run:
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
             images = self.sample(model, rows, grid=True)
             if monitor is not None:
-                monitor.draw_samples(self.engine.step, name, images, CLASS_NAMES)
+                monitor.draw_samples(self.engine.step, name, to_arrays(images), CLASS_NAMES)
         # In the short runs young pictures say nothing.
         if monitor is not None and self.config.mode == "full":
             for finding in picture_findings(images, self.validation[0]):  # of the EMA
@@ -257,7 +256,7 @@ class Run:
         first = train.first_per_class(rows)
         by_row = first.labels.argsort(stable=True).view(-1, rows).T.flatten()
         images = to_x_start(first.images[by_row], self.config.data.image_size)
-        monitor.draw_samples(0, "originals", images, CLASS_NAMES)
+        monitor.draw_samples(0, "originals", to_arrays(images), CLASS_NAMES)
 
     def save(self) -> None:
         """A checkpoint of this step; of a full run the best by validation loss is kept too."""
@@ -372,7 +371,7 @@ class Run:
         write_json(self.folder / "verdict.json", {"passed": passed, "pictures": results})
         pairs = torch.stack([originals[index], pictures])  # (2, rows * classes, 3, H, W)
         pairs = pairs.unflatten(1, (rows, classes)).transpose(0, 1).flatten(0, 2)
-        grid = labelled_grid(to_uint8(pairs), CLASS_NAMES, "nearest training image, sample below")
+        grid = labelled_grid(to_arrays(pairs), CLASS_NAMES, "nearest training image, sample below")
         save_image(grid, self.folder / "verdict.png")
         say(f"{'PASS' if passed else 'FAIL'}: every class must be right at {PASS_PSNR:g} dB or "
             f"better; picture: {self.folder / 'verdict.png'}")  # fmt: skip

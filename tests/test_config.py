@@ -69,7 +69,7 @@ def test_unknown_name_names_the_nearest(name, nearest):
         ("model.channel_mult", "1,x", "commas"),
         ("model.channel_mult", "1,2", "one entry per level"),
         ("model.time_embed_dim", "127", "even"),
-        ("train.class_dropout_prob", "1.5", r"\[0, 1\]"),
+        ("train.class_dropout_prob", "1.5", "at most 1"),
         ("diffusion.prediction_type", "velocity", "v_prediction"),
         ("data.image_size", "100", "multiple of 16"),
         ("sample.num_inference_steps", "1001", "1000 diffusion timesteps"),

@@ -416,6 +416,21 @@ def test_download_is_verified_and_reused(server, published, monkeypatch):
     assert len(load(image_size=32)[0]["train"]) == 100
 
 
+def test_two_first_runs_at_once_download_once(server, monkeypatch):
+    fetched, download = [], cifar10.download
+
+    def slowly(root):
+        fetched.append(root)
+        time.sleep(0.3)
+        return download(root)
+
+    monkeypatch.setattr(cifar10, "download", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: load(image_size=32)[0], range(2)))
+    assert len(fetched) == 1
+    assert [len(splits["train"]) for splits in both] == [100, 100]
+
+
 def test_download_with_wrong_checksum_is_refused_and_removed(server, monkeypatch):
     from torchvision.datasets import CIFAR10
 
@@ -431,6 +446,14 @@ def test_no_network_and_no_data_says_the_three_ways(monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
     with pytest.raises(DataError, match="Three ways.*DATA_DIR.*cifar-10-python.tar.gz.*make data"):
         load()
+
+
+def test_levels_round_to_the_nearest():
+    x = torch.tensor([-1.0, -0.999, 0.0, 1.0, 1.7]).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    levels = data.to_arrays(x)
+    assert levels.shape == (5, 2, 2, 3) and levels.dtype == np.uint8
+    # (0.001 * 127.5 = 0.13 -> 0; 127.5 is a tie, which rounds to even)
+    assert levels[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 def test_first_per_class_keeps_the_order():

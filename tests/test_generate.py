@@ -335,7 +335,7 @@ def test_unusable_checkpoints_and_settings_are_refused(call):
         ([good, "--steps", "51"], ["50 diffusion timesteps"]),
         ([good, "--steps", "0"], ["num_inference_steps", "at least 1"]),
         ([good, "--sampler", "dimm"], ["'dimm'", "'ddim'"]),
-        ([good, "--sample.eta", "2"], ["sample.eta", "[0, 1]"]),
+        ([good, "--sample.eta", "2"], ["sample.eta", "at most 1"]),
         ([good, "--batch-size", "0"], ["batch_size", "at least 1"]),
         ([good, "--output", good], [f"--output {good} is a file"]),
         ([good, "--output", good / "below"], ["below"]),
