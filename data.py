@@ -167,23 +167,21 @@ class TrainingBatches:
 
     def batch(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
         share = self.share(len(index))
-        own, mirrored = index[share], self.mirrored(len(index), step)[share]
+        mirrored = self.mirrored(len(index), step)[share]
         # Those to be mirrored last, so that they are one piece, and afterwards all in their places:
-        # on a CPU selecting takes a fraction of the time of images[own] and of torch.where.
-        order = mirrored.argsort(stable=True)
-        images = self.images.index_select(0, sent(own[order], self.images.device))
+        # on a CPU selecting takes a fraction of the time of images[...] and of torch.where.
+        order = torch.from_numpy(mirrored.argsort(kind="stable"))
+        images = self.images.index_select(0, sent(index[share][order], self.images.device))
         if images.device.type != self.device.type:  # cuda is cuda:0, but not equal to it
             images = images.pin_memory().to(self.device, non_blocking=True)
-        kept, turned = images.tensor_split([len(own) - int(mirrored.sum())])
+        kept, turned = images.tensor_split([len(mirrored) - np.count_nonzero(mirrored)])
         images = torch.cat([kept, turned.flip(-1)])  # before they are enlarged, while small
         images = images.index_select(0, sent(order.argsort(), self.device))
         x_start = to_x_start(images, self.data.image_size)
         return x_start, self.labels.index_select(0, sent(index, self.labels.device))
 
-    def mirrored(self, batch_size: int, step: int) -> Tensor:
+    def mirrored(self, batch_size: int, step: int) -> np.ndarray:
         """Which images of a step's batch are mirrored left to right, bool (B,)."""
-        if not self.data.horizontal_flip:
-            return torch.zeros(batch_size, dtype=torch.bool)
         # A third seed component keeps flips and epoch orders apart.
         draws = np.random.default_rng((self.seed, step, 1)).random(batch_size)
-        return torch.from_numpy(draws < 0.5)
+        return (draws < 0.5) & self.data.horizontal_flip

@@ -521,7 +521,7 @@ def test_a_batch_is_what_its_order_and_its_flips_say(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=generator)
     split = Split(pixels, torch.arange(20) % 10)
-    drawn = torch.tensor([True, False, False, True, True, False, True])
+    drawn = np.array([True, False, False, True, True, False, True])
     monkeypatch.setattr(TrainingBatches, "mirrored", lambda self, size, step: drawn[:size])
     for share in (slice(0, 7), slice(0, 4), slice(4, 7), slice(2, 2)):
         source = TrainingBatches(split, DataConfig(image_size=4), 7, 0, "cpu", lambda n: share)  # noqa: B023

@@ -1,0 +1,136 @@
+"""What CUDA would refuse, tried without one: on tensors that have a device but no numbers.
+
+torch's FakeTensorMode raises where tensors of two devices meet, and where the host asks for a
+number that only the GPU has, which would make a step wait. Only backward passes need a real GPU.
+"""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import TINY
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from classifier import Classifier, augmented, look_at
+from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine, UNet
+from config import DataConfig
+from data import Split, TrainingBatches, to_x_start
+from evaluation import pixel_neighbours
+from scores import nearest_images
+
+GPU = torch.device("cuda:0")
+pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+
+
+class FakeGenerator:
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def manual_seed(self, seed):
+        return self
+
+
+def pin_memory(tensor):
+    assert tensor.device.type == "cpu", "only what is on the CPU can be pinned"
+    return tensor
+
+
+@pytest.fixture
+def gpu():
+    """gpu.free: bytes that are free on it."""
+    class Memory:
+        free = 8 * 2**30
+
+    with (
+        patch("torch.cuda.mem_get_info", lambda device: (Memory.free, 16 * 2**30)),
+        patch("torch.Tensor.pin_memory", pin_memory),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield Memory
+
+
+def network() -> tuple[UNet, CosineNoiseScheduler]:
+    with GPU:
+        scheduler = CosineNoiseScheduler(50, image_size=64, reference_size=32)
+        return UNet(scheduler.alphas_cumprod, **TINY), scheduler
+
+
+def some_images(count: int, size: int = 8) -> torch.Tensor:
+    return torch.zeros(count, 3, size, size, dtype=torch.uint8)
+
+
+def test_the_mode_notices_what_it_is_here_for(gpu):
+    on_gpu = torch.zeros(3, device=GPU)
+    with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+        on_gpu + torch.zeros(3)
+    with pytest.raises(DataDependentOutputException):
+        float(on_gpu.sum())
+    with pytest.raises(AssertionError, match="pinned"):
+        on_gpu.pin_memory()
+
+
+@pytest.mark.parametrize("free", [8 * 2**30, 0])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_are_on_the_gpu_wherever_the_images_are(gpu, free, device, flip):
+    gpu.free = free
+    split = Split(some_images(40), torch.zeros(40, dtype=torch.long))
+    source = TrainingBatches(split, DataConfig(image_size=16, horizontal_flip=flip), 4, 0, device)
+    assert source.images.device.type == ("cuda" if free else "cpu")
+    x_start, labels = source.batch(torch.arange(4), 0)
+    assert x_start.shape == (4, 3, 16, 16) and x_start.device == labels.device == GPU
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_no_training_step_asks_for_a_number(gpu, dtype, parts):
+    model, scheduler = network()
+    engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3,
+                            autocast_dtype=dtype)  # fmt: skip
+    engine.micro_batches = parts
+
+    def backward(loss):
+        assert loss.device == GPU and loss.dtype == torch.float32
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    batch = torch.zeros(4, 3, 16, 16, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
+    with patch("torch.Tensor.backward", backward):
+        for _ in range(2):
+            engine.train_step(*batch)
+    assert engine.step == 2
+    # A validation asks for one number, which is its last act.
+    with pytest.raises(DataDependentOutputException), patch.object(
+        engine.processes, "sum", side_effect=lambda losses: losses
+    ) as summed:
+        engine.validation_loss(engine.ema_model, *batch, 3)
+    assert summed.call_count == 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_no_sampling_step_asks_for_a_number(gpu, name, guidance):
+    model, scheduler = network()
+    with patch("conditional_diffusion.sampler.inference_timesteps", lambda T, steps: [49, 24, 0]):
+        sampler = SAMPLERS[name](scheduler, num_inference_steps=3, guidance_scale=guidance)
+    labels, randn = torch.zeros(3, dtype=torch.long, device=GPU), torch.randn
+
+    def drawn(shape, *, generator, device):
+        assert generator.device == torch.device(device)
+        return randn(shape, device=device)
+
+    with patch("torch.Generator", FakeGenerator), patch("torch.randn", drawn):
+        pictures = sampler.sample(model, labels, (3, 16, 16), [1, 2, 3], batch_size=2)
+    assert pictures.device == GPU and pictures.dtype == torch.float32
+
+
+def test_scores_and_their_classifier_go_to_the_gpu_and_back(gpu):
+    with GPU:
+        model = Classifier((8, 16))
+    for found in look_at(model, some_images(5)):
+        assert found.device.type == "cpu"
+    images = to_x_start(some_images(5).to(GPU), 32)
+    assert augmented(images, 2).device == GPU
+    for neighbours in (pixel_neighbours(some_images(5), some_images(9), GPU).index,
+                       nearest_images(images, images)[0]):  # fmt: skip
+        assert neighbours.device.type == "cpu"
