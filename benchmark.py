@@ -52,6 +52,7 @@ BURN_IN = 2  # calls of each that are not counted
 PICTURES = 2048  # in the set that data loading is timed with
 DATA_BATCH, DATA_BATCHES = 64, 10  # pictures in a batch, batches in a stretch
 MEMORY_BATCH = 16
+KEPT_IMAGES = 4  # share what is kept but once, as weights in another precision
 BATCH_SIZES = (64, 256, 1024)  # on CUDA, beside the default; compiling each takes its time
 IMAGE_SIZES = (32, 64, 128, 256)
 GRID_PICTURES = 100
@@ -131,6 +132,25 @@ def forward_flops(model: nn.Module, size: int, device) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(x_t, labels, labels)
     return counter.get_total_flops()
+
+
+def kept_bytes(model: nn.Module, size: int, device, dtype: torch.dtype | None) -> float:
+    """What the forward pass keeps of one image for the backward pass, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x_t, labels = random_batch(KEPT_IMAGES, size, device)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with autocast(x_t.device, dtype):
+            output = model(x_t, labels, labels)
+    del output
+    return sum(kept.values()) / KEPT_IMAGES
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype | None) -> float:
@@ -231,8 +251,10 @@ def compare_networks(report: Report, config: Config, networks: dict[str, nn.Modu
     flops = {name: forward_flops(model, size, device) for name, model in networks.items()}
     for name, model in networks.items():
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        kept = kept_bytes(model, size, device, dtypes[0])
         report.note("network", name, parameters_M=parameters / 1e6,
-                    forward_GFLOP_per_image=flops[name] / 1e9)  # fmt: skip
+                    forward_GFLOP_per_image=flops[name] / 1e9,
+                    kept_for_backward_MiB_per_image=kept / 2**20)  # fmt: skip
     batch = random_batch(images, size, device)
     sampling = time_in_turns(
         {name: partial(sample_step, model, batch, dtypes[1]) for name, model in networks.items()},

@@ -11,7 +11,7 @@ from conftest import TINY_FLAGS, assert_one_sentence
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import forward_flops, time_in_turns
+from benchmark import forward_flops, kept_bytes, time_in_turns
 from config import full
 from peers import Predecessor
 
@@ -71,6 +71,21 @@ def test_calls_take_turns_and_the_first_ones_do_not_count():
     times = time_in_turns(works, 3, torch.device("cpu"))
     assert order == ["a", "b"] * (3 + benchmark.BURN_IN)
     assert [len(values) for values in times.values()] == [3, 3]
+
+
+def test_what_is_kept_for_backward_is_counted_once():
+    """A squared convolution: its input and output, 8x8x(3 + 5) numbers, but not its weights."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 5, 1)
+
+        def forward(self, x_t, timesteps, class_labels):
+            h = self.layer(x_t)
+            return h * h
+
+    assert kept_bytes(Network(), 8, torch.device("cpu"), None) == 8 * 8 * (3 + 5) * 4
 
 
 def test_predecessor_has_the_published_size_and_cost():
