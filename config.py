@@ -269,6 +269,14 @@ class Config:
             f"data.image_size {self.data.image_size} must be a multiple of {multiple}: patches of "
             f"{self.model.patch_size} pixels, halved {len(self.model.channel_mult) - 1} times",
         )
+        first = self.data.image_size // self.model.patch_size
+        sizes = [first >> level for level in range(len(self.model.channel_mult))]
+        wanted = self.model.attention_sizes
+        require(
+            not wanted or any(size in sizes for size in wanted),
+            f"model.attention_sizes {wanted} names no level of the network: they are "
+            f"{', '.join(map(str, sizes))} positions a side",
+        )
         require(
             self.mode != "overfit" or self.data.samples_per_class >= 1,
             "data.samples_per_class must be at least 1 in an overfit run",

@@ -72,6 +72,7 @@ def test_unknown_name_names_the_nearest(name, nearest):
         ("train.class_dropout_prob", "1.5", "at most 1"),
         ("diffusion.prediction_type", "velocity", "v_prediction"),
         ("data.image_size", "100", "multiple of 16"),
+        ("model.attention_sizes", "7,9", "32, 16, 8 positions"),
         ("sample.num_inference_steps", "1001", "1000 diffusion timesteps"),
         ("train.class_dropout_prob", "0", "null label"),
     ],
