@@ -28,7 +28,7 @@ SAMPLING_FLAGS = {
 # Environment variables that launch.py sets for the processes it starts.
 LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave for it what follows
 STATUS, MISTAKE = "status", "mistake"  # one they agree on; the sentence for a user's mistake
-CLEARED = "cleared"  # the earlier run has been moved aside: after a restart it is not the earlier
+CLEARED = "cleared"  # the earlier run is out of the way
 COMMAND = "TRAINING_COMMAND"  # what continues their run
 LOST_STATUS = 76  # of a process that ends because another one did; a protocol error in sysexits.h
 

@@ -120,8 +120,7 @@ def to_arrays(x: Tensor) -> np.ndarray:
 
 
 def sent(index: Tensor, device: torch.device) -> Tensor:
-    """A small index there, without waiting, as a plain copy would, for all that the GPU has to do.
-    """
+    """A small index there; a plain copy would wait for all that the GPU still has to do."""
     return index.to(device, non_blocking=True)
 
 

@@ -178,6 +178,13 @@ def clear_away(mode: str, folder: Path) -> None:
     say(f"the earlier run was moved to {aside}")
 
 
+def has_cleared_away() -> bool:
+    """Whether this is a restart, after a process has died, and the run there is its own already."""
+    if LAUNCH_FOLDER in os.environ:
+        return Path(os.environ[LAUNCH_FOLDER], CLEARED).exists()
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun knows no more
+
+
 @contextmanager
 def stopping_on_signals(run: Run):
     """The first SIGINT or SIGTERM ends the run after its current step; a second one at once.
@@ -241,9 +248,7 @@ def main() -> int:
         return 0
 
     folder, processes = RUN_DIRECTORIES[args.mode], join_processes()
-    # A restart, after a process has died, must not begin anew a second time.
-    cleared = Path(os.environ.get(LAUNCH_FOLDER, folder), CLEARED)
-    fresh = args.fresh and not cleared.exists()
+    fresh = args.fresh and not has_cleared_away()
 
     def run_to_continue() -> dict | None:
         refuse_second_run(folder)
@@ -274,7 +279,7 @@ def main() -> int:
         if saved is None:
             clear_away(args.mode, folder)
             if LAUNCH_FOLDER in os.environ:
-                cleared.touch()
+                Path(os.environ[LAUNCH_FOLDER], CLEARED).touch()
         say(describe(run, device))
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:

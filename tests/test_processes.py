@@ -283,6 +283,8 @@ def test_fresh_holds_until_the_earlier_run_is_aside(tmp_path, monkeypatch, call)
     status, said = call(train_model, *fresh)
     assert status == 0 and "moved to checkpoints_1" in said, said
     assert "is complete" in call(train_model, *fresh)[1]
+    monkeypatch.delenv(LAUNCH_FOLDER)  # torchrun without launch.py
+    assert "is complete" in call(train_model, *fresh)[1]
 
 
 def test_other_data_than_the_leaders_is_refused():
