@@ -67,6 +67,7 @@ def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> No
     # float32 gradients.
     compiler.backward_pass_autocast = "off"
     plain, reason = engine.network, []
+    say("compiling the network, which takes a minute or two; --train.compile false leaves it out")
     try:
         engine.network = torch.compile(plain, dynamic=False)  # batches have one size
         engine.rehearse(*batch)

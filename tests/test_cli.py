@@ -154,8 +154,10 @@ def test_compiled_network_takes_the_training_steps_and_no_others(call, monkeypat
 
     monkeypatch.setattr(torch, "compile", counting)
     arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--batch-size", 10, "--epochs", 1]
-    assert call(train_model, *arguments, "--train.compile", "true")[0] == 0
+    status, said = call(train_model, *arguments, "--train.compile", "true")
+    assert status == 0 and "compiling the network" in said
     assert calls == 3 * [(True, 10)]  # the rehearsal and two steps
+    assert "compiling" not in call(train_model, *arguments, "--fresh")[1]
 
 
 def test_compiling_changes_no_gradient(awake_model, monkeypatch):
