@@ -18,7 +18,7 @@ from peers import Predecessor
 
 @pytest.mark.usefixtures("own_directory")
 def test_every_part_is_measured_and_written(call, monkeypatch):
-    monkeypatch.setattr(benchmark, "IMAGE_SIZES", (16, 32))
+    monkeypatch.setattr(benchmark, "IMAGE_SIZES", (8, 16))
     monkeypatch.setattr(benchmark, "MATMUL_SIZE", {"cpu": 64})
     monkeypatch.setattr(benchmark, "DATA_BATCHES", 1)
     monkeypatch.setattr(benchmark, "PICTURES", 128)
@@ -39,7 +39,7 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
         found["data", "ours, from 32x32"]["seconds_per_image"] / step["seconds_per_image"]
     )
     assert {name for what, name in found if what == "training step"} == {
-        "ours", "16x16", "32x32", "alone", "in a group of one"
+        "ours", "8x8", "16x16", "alone", "in a group of one"
     }  # fmt: skip
     assert found["processes", "in a group of one, against alone"]["ratio"] > 0
     assert multiprocessing.active_children() == []
