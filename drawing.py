@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from build import build_model, build_sampler, precision_name
+import config as settings
+from build import build_model, build_sampler, choose_device, precision_name
 from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
 from conditional_diffusion.memory import fitting_batch_size
+from conditional_diffusion.processes import Processes
 from config import Config
 from training_monitor import RUN_DIRECTORIES, say
 
@@ -35,6 +37,30 @@ def open_checkpoint(name: str | None) -> tuple[Path, dict]:
     return path, state | {"hash": file_hash(path)}
 
 
+def open_drawing(
+    name: str | None = None, overrides: dict | None = None, *, raw: bool = False,
+    quick: bool = False, processes: Processes | None = None,
+) -> "Drawing":  # fmt: skip
+    """The checkpoint that open_checkpoint finds, ready to draw from.
+
+    Args:
+        overrides: of settings, {"sample.guidance_scale": 3, ...}; else they are the checkpoint's.
+        raw: its raw weights instead of their EMA.
+        quick: sampler and steps of the grids drawn during training, unless overridden.
+        processes: that draw together; the one that leads reads the file.
+    """
+    processes, overrides = processes or Processes(), overrides or {}
+    path, state = processes.from_leader(lambda: open_checkpoint(name))
+    config = settings.from_dict(state["config"])
+    if quick:
+        sampler, steps = config.sample.grid_sampler, config.sample.grid_steps
+        overrides = {"sample.sampler": sampler, "sample.num_inference_steps": steps, **overrides}
+    config = settings.apply_overrides(config, {"train.device": "auto", **overrides})
+    batch_size = config.sample.batch_size if "sample.batch_size" in overrides else None
+    device = choose_device(config, processes)
+    return Drawing(path, state, config, device, raw=raw, batch_size=batch_size)
+
+
 def file_hash(path: Path) -> str:
     """The first 16 hexadecimal digits of a file's SHA-256."""
     with open(path, "rb") as file:
@@ -54,8 +80,8 @@ class Drawing:
                  raw: bool, batch_size: int | None):  # fmt: skip
         self.device, self.raw = device, raw
         self.path, self.step, self.images_seen = path, state["step"], state["images_seen"]
-        self.hash = state["hash"]
-        self.model, self.scheduler = build_model(config, device, len(state["class_names"]))
+        self.hash, self.class_names = state["hash"], tuple(state["class_names"])
+        self.model, self.scheduler = build_model(config, device, len(self.class_names))
         self.model.load_state_dict(state["model" if raw else "ema"])
         self.configure(config)
         self.batch_size = batch_size or self.fitting_batch_size()
@@ -102,7 +128,7 @@ class Drawing:
         )
 
     def draw(self, labels: Tensor, seeds: Sequence[int],
-             callback: Callable[[int, Tensor, Tensor], None]) -> Tensor:  # fmt: skip
+             callback: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:  # fmt: skip
         """Pictures (N, 3, S, S) of labels int64 (N,), as Sampler.sample returns them."""
         return self.sampler.sample(
             self.model, labels.to(self.device), (3, self.size, self.size), seeds,

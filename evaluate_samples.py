@@ -34,7 +34,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
 from data import Split, load_splits, to_images
-from drawing import Drawing, open_checkpoint
+from drawing import Drawing, open_drawing
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
 from training_monitor import labelled_grid, progress, save_image, say
@@ -204,19 +204,6 @@ def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -
         return {"missing": str(error)}
 
 
-def open_drawing(args, overrides: dict, processes: Processes) -> Drawing:
-    """The checkpoint to draw from; the quick sampler of its grids unless another is asked for."""
-    path, state = processes.from_leader(lambda: open_checkpoint(args.checkpoint))
-    require_classes(path, state, CLASS_NAMES)
-    config = settings.from_dict(state["config"])
-    quick = {"sample.sampler": config.sample.grid_sampler,
-             "sample.num_inference_steps": config.sample.grid_steps}  # fmt: skip
-    config = settings.apply_overrides(config, quick | overrides)
-    batch_size = config.sample.batch_size if "sample.batch_size" in overrides else None
-    device = choose_device(config, processes)
-    return Drawing(path, state, config, device, raw=args.raw, batch_size=batch_size)
-
-
 class Report:
     """Scores sets of pictures against one reference and writes down what it finds."""
 
@@ -263,7 +250,9 @@ def score_folder(args, overrides: dict) -> Path:
 def score_checkpoint(args, overrides: dict) -> Path:
     scales = parse_scales(args.sweep) if args.sweep else []
     processes = join_processes()
-    drawing = open_drawing(args, overrides, processes)
+    drawing = open_drawing(args.checkpoint, overrides, raw=args.raw, quick=True,
+                           processes=processes)  # fmt: skip
+    require_classes(drawing.path, drawing.class_names, CLASS_NAMES)
     config = drawing.config
     per_class = parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
     seed = parse_seed(args.seed, per_class * len(CLASS_NAMES))

@@ -18,8 +18,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import config as settings
-from build import choose_device
 from command_line import (
     SAMPLING_FLAGS,
     Parser,
@@ -36,7 +34,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import ConfigError
 from data import to_arrays
-from drawing import Drawing, open_checkpoint
+from drawing import open_drawing
 from training_monitor import (
     evenly,
     labelled_grid,
@@ -215,19 +213,13 @@ def main() -> int:
     args = parse_arguments()
     seeds = parse_seeds(args.seed, args.samples)
     processes = join_processes()
-    path, state = processes.from_leader(lambda: open_checkpoint(args.checkpoint))
-    given = config_overrides(args)
-    config = settings.from_dict(state["config"])
-    config = settings.apply_overrides(config, {**given, "train.device": args.device})
-    class_names = tuple(state["class_names"])
+    overrides = {**config_overrides(args), "train.device": args.device}
+    drawing = open_drawing(args.checkpoint, overrides, raw=args.raw, processes=processes)
+    class_names = drawing.class_names
     classes = list(range(len(class_names)))
     if args.classes is not None:
         classes = parse_classes(args.classes, class_names)
-    device = choose_device(config, processes)
     output = usable_folder(args.output)
-
-    batch_size = config.sample.batch_size if "sample.batch_size" in given else None
-    drawing = Drawing(path, state, config, device, raw=args.raw, batch_size=batch_size)
     processes.from_leader(lambda: set_aside(output, class_names))
     names = [class_names[index] for index in classes]
     say(f"drawing {len(seeds) * len(names)} pictures from {drawing}")

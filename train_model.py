@@ -152,7 +152,7 @@ def newest_checkpoint(mode: str, folder: Path) -> dict | None:
     if state and mode != "full" and state["step"] >= state["total_steps"]:
         return None
     if state:
-        require_classes(found[0], state, CLASS_NAMES)
+        require_classes(found[0], state["class_names"], CLASS_NAMES)
     return state
 
 

@@ -180,13 +180,13 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
     return state
 
 
-def require_classes(path: Path, state: dict, class_names: Sequence[str]) -> None:
-    """Raise CheckpointError unless a checkpoint was trained on the classes of these names."""
-    if list(class_names) != state["class_names"]:
+def require_classes(path: Path, trained: Sequence[str], class_names: Sequence[str]) -> None:
+    """Raise CheckpointError unless a checkpoint's classes are those of these names."""
+    if list(class_names) != list(trained):
         raise CheckpointError(
-            f"{path} was trained on the classes {', '.join(state['class_names'])}, which "
-            "CLASS_NAMES in config.py no longer lists; restore them there, or start anew with "
-            "--fresh (make: FRESH=1)"
+            f"{path} was trained on the classes {', '.join(trained)}, which CLASS_NAMES in "
+            "config.py no longer lists; restore them there, or start anew with --fresh "
+            "(make: FRESH=1)"
         )
 
 

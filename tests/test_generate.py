@@ -1,6 +1,7 @@
 """Pictures as a user draws them: files, facts, batches that fit, trajectories, bad input."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,18 @@ def make_checkpoint(folder: str, num_classes: int = len(CLASS_NAMES), **more: st
 @pytest.fixture
 def checkpoint(own_directory) -> Path:
     return make_checkpoint("run", **{"train.class_dropout_prob": "0.1"})
+
+
+def test_pictures_in_python_as_readme_shows_them():
+    make_checkpoint("checkpoints", **{"train.class_dropout_prob": "0.1", "train.device": "cpu"})
+    readme = (Path(generate_samples.__file__).parent / "README.md").read_text()
+    names: dict = {}
+    code = readme[readme.index("    import torch\n") :].partition("\n## ")[0]
+    exec(textwrap.dedent(code), names)
+    assert names["pictures"].shape == (2, 3, 16, 16)
+    assert names["drawing"].config.sample.guidance_scale == 3
+    again = drawing.open_drawing("checkpoints", {"sample.guidance_scale": 3})
+    torch.testing.assert_close(again.draw(torch.tensor([5]), [1]), names["pictures"][1:])
 
 
 def test_a_checkpoint_brings_its_own_classes(call, monkeypatch):
