@@ -162,7 +162,7 @@ class TrainingEngine:
         self.max_skipped_steps, self.micro_batches = max_skipped_steps, 1
         self.step = self.images_seen = 0
         self.stop_requested = False
-        self._draws = None  # of validation, once they are known
+        self._draws: dict[tuple, tuple[Tensor, Tensor]] = {}  # of validations, by their shape
         # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
@@ -426,7 +426,7 @@ class TrainingEngine:
 
         Kept on the device: on the CPU, the same everywhere, they take longer than a validation.
         """
-        if self._draws is None or self._draws[0] != (count, *shape):
+        if (count, *shape) not in self._draws:
             generator = torch.Generator().manual_seed(step_seed(self.seed, -1))
             share, T = self.processes.share(count), self.scheduler.num_train_timesteps
             # Every class meets every noise level: labels often come sorted, timesteps must not.
@@ -435,8 +435,8 @@ class TrainingEngine:
             for image in noise:
                 image.normal_(generator=generator)
             draws = timesteps[share].to(self.device), noise[share].to(self.device)
-            self._draws = (count, *shape), draws
-        return self._draws[1]
+            self._draws[count, *shape] = draws
+        return self._draws[count, *shape]
 
     def fit(
         self,
