@@ -30,6 +30,7 @@ LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave for it what follows
 STATUS, MISTAKE = "status", "mistake"  # one they agree on; the sentence for a user's mistake
 CLEARED = "cleared"  # the earlier run is out of the way
 COMMAND = "TRAINING_COMMAND"  # what continues their run
+LAUNCHER = "TRAINING_LAUNCHER"  # its process number
 LOST_STATUS = 76  # of a process that ends because another one did; a protocol error in sysexits.h
 
 
@@ -132,6 +133,8 @@ def join_processes():
     from conditional_diffusion import processes
 
     joined = processes.join()
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        sys.exit(mistake("launch.py ended while this process was starting"))
     if not joined.leads:
         sys.stdout = open(os.devnull, "w")
     return joined

@@ -22,6 +22,7 @@ from pathlib import Path
 from command_line import (
     COMMAND,
     LAUNCH_FOLDER,
+    LAUNCHER,
     LOST_STATUS,
     MISTAKE,
     STATUS,
@@ -189,6 +190,7 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, *script])
     again = [word for word in sys.argv if word != "--fresh"]
     os.environ[COMMAND] = shlex.join([sys.executable, *again])
+    os.environ[LAUNCHER] = str(os.getpid())
     cores = len(os.sched_getaffinity(0))  # that may be used, of those there are
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // gpus)))
     os.environ.setdefault(STOPPING_TIMEOUT, str(STOPPING_SECONDS))

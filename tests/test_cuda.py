@@ -61,7 +61,7 @@ def some_images(count: int, size: int = 8) -> torch.Tensor:
 
 def test_the_mode_notices_what_it_is_here_for(gpu):
     on_gpu = torch.zeros(3, device=GPU)
-    with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+    with pytest.raises(RuntimeError, match="cuda:0.*cpu"):
         on_gpu + torch.zeros(3)
     with pytest.raises(DataDependentOutputException):
         float(on_gpu.sum())

@@ -21,7 +21,7 @@ import launch as launcher
 import train_model
 import training_run
 from cifar10 import DataError
-from command_line import LAUNCH_FOLDER, MISTAKE, status_of
+from command_line import LAUNCH_FOLDER, LAUNCHER, MISTAKE, status_of
 from conditional_diffusion import CosineNoiseScheduler, TrainingEngine, UNet, processes
 from conditional_diffusion.checkpoint import CheckpointError, WriteError
 from conditional_diffusion.memory import OutOfMemory
@@ -397,6 +397,7 @@ def test_processes_that_do_not_stop_are_killed_aloud(tmp_path):
     (tmp_path / "stubborn.py").write_text(
         "import signal, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "time.sleep(1)\n"  # the launcher has to be through with starting others
         "print('ready', flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -493,6 +494,13 @@ def test_a_mistake_of_the_launch_is_one_clear_sentence(tmp_path, flags, word):
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode in (1, 2)
     assert said.startswith("error: ") and said.count("\n") == 1 and word in said, said
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_process_whose_launcher_is_gone_does_not_start(call, monkeypatch):
+    monkeypatch.setenv(LAUNCHER, "1")  # not this process's parent
+    status, said = call(train_model, *TRAIN[1:])
+    assert status == 1 and "launch.py ended while this process was starting" in said
 
 
 @pytest.mark.usefixtures("own_directory")
