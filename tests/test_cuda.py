@@ -19,7 +19,8 @@ from evaluation import pixel_neighbours
 from scores import nearest_images
 
 GPU = torch.device("cuda:0")
-pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*CUDA is not available"),
+              pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
 
 
 class FakeGenerator:
