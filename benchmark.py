@@ -148,8 +148,7 @@ def kept_bytes(model: nn.Module, size: int, device, dtype: torch.dtype | None) -
     x_t, labels = random_batch(KEPT_IMAGES, size, device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with autocast(x_t.device, dtype):
-            output = model(x_t, labels, labels)
-    del output
+            _held = model(x_t, labels, labels)  # or other storages would take the same places
     return sum(kept.values()) / KEPT_IMAGES
 
 
@@ -221,6 +220,7 @@ def compare_data(report: Report, config: Config, rounds: int, device: torch.devi
         return TrainingBatches(split, config.data, images, 0, device).starting_at(0)
 
     small, large = batches_of(originals), batches_of(enlarged)
+    usual = f"DataLoader, 2 workers, {size}x{size} PNGs"
     # One after the other, or the workers would fetch ahead while ours is timed; and in long
     # stretches, which what they have fetched ahead at the beginning cannot shorten.
     with tempfile.TemporaryDirectory() as folder:
@@ -228,13 +228,13 @@ def compare_data(report: Report, config: Config, rounds: int, device: torch.devi
         works = {
             "ours, from 32x32": lambda: next(small),
             f"ours, from {size}x{size}": lambda: next(large),
-            f"DataLoader, 2 workers, {size}x{size} PNGs": lambda: next(batches)[0].to(device),
+            usual: lambda: next(batches)[0].to(device),
         }
         for name, work in works.items():
             stretch = partial(repeat, work, DATA_BATCHES)
             times[name] = time_in_turns({name: stretch}, rounds, device)[name]
             report.add("data", name, times[name], DATA_BATCHES * images)
-    loader, ours = statistics.median(times.pop(name)), statistics.median(times["ours, from 32x32"])
+    loader, ours = statistics.median(times.pop(usual)), statistics.median(times["ours, from 32x32"])
     for name, values in times.items():
         report.note("data", f"{name}, against DataLoader", ratio=loader / statistics.median(values))
     return ours / (DATA_BATCHES * images)

@@ -37,6 +37,7 @@ CIFAR_CLASSES = 10
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 TEST_NAMES = ("test", "val", "valid", "validation")
 REPOSITORY_DATA = Path("data")
+PREPARED = REPOSITORY_DATA / "prepared"
 SEARCH_PATH = (
     Path("/home/azureuser/Diffusion/data/cifar10-128x128"),
     REPOSITORY_DATA / "cifar10-128x128",
@@ -232,7 +233,7 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
     """The folder of checked uint8 arrays for `data`, made now unless it is there already."""
     source = find_source(data.data_dir)
     if source is None:
-        with only_one(REPOSITORY_DATA / ".lock", say):  # another may have fetched it meanwhile
+        with only_one(PREPARED / ".lock", say):  # another may have fetched it meanwhile
             source = find_source("") or download(REPOSITORY_DATA)
     archive = published_archive(source)
     if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
@@ -241,13 +242,13 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
             f"config.py lists {len(CLASS_NAMES)}; point DATA_DIR to pictures of those"
         )
     pictures = [] if archive else list_pictures(source)
-    folder = REPOSITORY_DATA / "prepared" / fingerprint(archive or source, pictures, data)
+    folder = PREPARED / fingerprint(archive or source, pictures, data)
     if (folder / "info.json").exists():
         say(f"data: {source}, prepared in {folder}")
         return folder
     say(f"data: preparing {source} into {folder} (once)")
     unfinished = folder.with_name(".unfinished")
-    with only_one(folder.with_name(".lock"), say):
+    with only_one(PREPARED / ".lock", say):
         if (folder / "info.json").exists():
             return folder
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed

@@ -31,7 +31,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def nearest_word(name: str, valid: typing.Iterable[str]) -> str | None:
+def nearest_word(name: str, valid: typing.Collection[str]) -> str | None:
     """The valid word nearest to a mistyped one, or None.
 
     Also by the last part alone: "epochs" and "lerning_rate" find their settings.
@@ -42,7 +42,7 @@ def nearest_word(name: str, valid: typing.Iterable[str]) -> str | None:
     return last_parts.get(close[0], close[0]) if close else None
 
 
-def nearest(name: str, valid: typing.Iterable[str]) -> str:
+def nearest(name: str, valid: typing.Collection[str]) -> str:
     """A phrase that names the valid word nearest to a mistyped one."""
     word = nearest_word(name, valid)
     return f"the nearest valid one is {word!r}" if word else f"valid: {', '.join(valid)}"

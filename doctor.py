@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import config as settings
-from cifar10 import DataError, find_source, fingerprint, list_pictures, published_archive
+from cifar10 import PREPARED, DataError, find_source, fingerprint, list_pictures, published_archive
 from command_line import Parser, add_config_flags, config_overrides, exit_with
 from config import Config, ConfigError
 from gpu_status import diagnose, gather_facts
@@ -100,7 +100,7 @@ def check_data(config: Config) -> Finding:
         name = fingerprint(archive or source, pictures, config.data)
     except (DataError, OSError) as error:
         return Finding(False, str(error), "see README, Data")
-    prepared = (Path("data/prepared") / name / "info.json").exists()
+    prepared = (PREPARED / name / "info.json").exists()
     count = "the published archive" if archive else f"{len(pictures)} pictures"
     return Finding(True, f"{source}: {count}, fingerprint {name}, "
                    f"{'prepared' if prepared else 'to be prepared by the first run'}")  # fmt: skip

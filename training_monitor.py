@@ -24,6 +24,7 @@ RUN_DIRECTORIES = {
     "quick-test": Path("checkpoints_overfit/quick-test"),
 }  # in the order in which `make generate` looks for a checkpoint
 PACE = 20  # records from which the time left is worked out
+CURVES_SECONDS = 60  # between two drawings of them, each of which takes a second
 LINE_SECONDS = 60  # between progress lines where the output is not a terminal
 LEAST_SIDE = 64  # pixels of a picture in a grid
 FRAME_MILLISECONDS, LAST_MILLISECONDS = 100, 2000  # of an animation
@@ -152,6 +153,7 @@ class TrainingMonitor:
             "command": command,
         }  # fmt: skip
         self.bar, self.warnings = None, 0
+        self.curves_drawn = time.monotonic()
 
     def __enter__(self) -> "TrainingMonitor":
         self.samples.mkdir(parents=True, exist_ok=True)
@@ -248,7 +250,12 @@ class TrainingMonitor:
         save_image(labelled_grid(images, class_names, f"step {step}, {name}"), path)
         return path
 
+    @property
+    def curves_are_old(self) -> bool:
+        return time.monotonic() > self.curves_drawn + CURVES_SECONDS
+
     def draw_curves(self) -> None:
+        self.curves_drawn = time.monotonic()
         draw_curves(read_metrics(self.folder), self.folder / "training_curves.png")
 
 

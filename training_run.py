@@ -35,7 +35,6 @@ from training_monitor import (
 PASS_PSNR = 20.0  # dB to the nearest training image; the overfit run's pass mark
 LARGEST_TRAINING_BATCH = 1024  # beyond it each image teaches less
 MEASURED_IMAGES = 1000  # from which the power of every frequency is taken
-CURVES_SECONDS = 60  # between two drawings of them, each of which takes a second
 GRID_ROWS = 4  # pictures per class in a grid, of runs that train on more than one image each
 
 
@@ -131,7 +130,6 @@ class Run:
         if saved is not None:
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
-        self.drawn_at = time.monotonic()  # the curves
         self.energy_meter = EnergyMeter(gpu_uuid(device))
         self.reported_skips = self.engine.skipped_steps
         self.loss_watch = LossWatch(
@@ -307,11 +305,7 @@ class Run:
             )
             self.save_is_due |= overdue
 
-        def curves_are_old(step: int) -> bool:
-            return log_due(step) and time.monotonic() > self.drawn_at + CURVES_SECONDS
-
         def draw_curves() -> None:
-            self.drawn_at = time.monotonic()
             if monitor is not None:
                 monitor.draw_curves()
 
@@ -334,7 +328,8 @@ class Run:
                     (every(train.validate_every), lambda: self.validate(monitor)),
                     (lambda step: save_due(step) or self.save_is_due, self.save),
                     # Drawing comes last: what takes time must not stand before a save.
-                    (curves_are_old, draw_curves),
+                    (lambda step: log_due(step) and monitor and monitor.curves_are_old,
+                     draw_curves),
                     (every(train.sample_every), lambda: self.draw(monitor)),
                 ],
             )

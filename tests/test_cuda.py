@@ -1,7 +1,7 @@
 """What CUDA would refuse, tried without one: on tensors that have a device but no numbers.
 
 torch's FakeTensorMode raises where tensors of two devices meet, and where the host asks for a
-number that only the GPU has, which would make a step wait. Only backward passes need a real GPU.
+number that only the GPU has. Backward passes, and copies that wait, need a real one.
 """
 
 from unittest.mock import patch
