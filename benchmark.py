@@ -8,13 +8,13 @@ also lands in a JSON file.
 """
 
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
+from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,18 +49,23 @@ from training_monitor import write_json
 from training_run import compile_training, peak_memory_gib
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-BURN_IN = 2  # calls of each that are not counted
+BURN_IN = 2  # rounds that are not counted
+# In a round; more on a GPU, which works on one call while the next is being launched.
+CALLS = {"cpu": 1, "cuda": 10}
 PICTURES = 2048  # in the set that data loading is timed with
 DATA_BATCH, DATA_BATCHES = 64, 10  # pictures in a batch, batches in a stretch
+WORKERS = max(2, len(os.sched_getaffinity(0)))  # of the DataLoader, as many as there are cores
 MEMORY_BATCH = 16
 KEPT_IMAGES = 4  # share what is kept but once, as weights in another precision
 BATCH_SIZES = (64, 256, 1024)  # on CUDA, beside the default; compiling each takes its time
 IMAGE_SIZES = (32, 64, 128, 256)
 GRID_PICTURES = 100
+# Settings and compiler options that differ from the product's.
 SWITCHES = {
-    "without compile": {"train.compile": "false"},
-    "without channels_last": {"train.channels_last": "false"},
-    "without mixed precision": {"train.precision": "fp32"},
+    "without compile": ({"train.compile": "false"}, {}),
+    "without channels_last": ({"train.channels_last": "false"}, {}),
+    "channels_last throughout": ({}, {"force_layout_optimization": True}),
+    "without mixed precision": ({"train.precision": "fp32"}, {}),
 }
 USER_ERRORS = (ConfigError,)
 
@@ -77,21 +83,28 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
 def time_in_turns(works: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
+    """Durations of a call of each, one per round."""
     times: dict[str, list[float]] = {name: [] for name in works}
+    calls = CALLS[device.type]
     for round_number in range(BURN_IN + rounds):
         for name, work in works.items():
-            duration = seconds(work, device)
+            duration = seconds(partial(repeat, work, calls), device) / calls
             if round_number >= BURN_IN:
                 times[name].append(duration)
     return times
 
 
 class Report:
-    """Prints a line per measurement and keeps it for the JSON file."""
+    """Prints a line per measurement and keeps it in a JSON file, whatever happens later."""
 
-    def __init__(self, facts: dict):
-        self.content = {"facts": facts, "measurements": []}
+    def __init__(self, path: Path, facts: dict):
+        self.path, self.content = path, {"facts": facts, "measurements": []}
         print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
 
     def add(self, what: str, name: str, times: list[float], images: int, *, flops: float = 0.0,
@@ -108,13 +121,17 @@ class Report:
         if flops and peak:
             record["share_of_peak"] = flops / middle / peak
             line += f"; {record['share_of_peak']:.0%} of the matmul peak"
-        self.content["measurements"].append(record)
+        self.keep(record)
         print("; ".join([line, *(f"{key} {value}" for key, value in more.items())]), flush=True)
 
     def note(self, what: str, name: str, **values) -> None:
-        self.content["measurements"].append({"what": what, "name": name, **values})
+        self.keep({"what": what, "name": name, **values})
         listed = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         print(f"{what:<16} {name:<28} {listed}", flush=True)
+
+    def keep(self, record: dict) -> None:
+        self.content["measurements"].append(record)
+        write_json(self.path, self.content)
 
 
 # ---- what is timed -------------------------------------------------------------------------------
@@ -181,7 +198,7 @@ def sample_step(model: nn.Module, batch, dtype: torch.dtype | None) -> None:
 
 
 def usual_loader(images: torch.Tensor, folder: Path) -> DataLoader:
-    """The same pictures as PNG files, decoded one by one by torchvision in two workers."""
+    """The same pictures as PNG files, decoded one by one by torchvision in WORKERS processes."""
     for index, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
         path = folder / str(index % len(CLASS_NAMES)) / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
@@ -190,13 +207,8 @@ def usual_loader(images: torch.Tensor, folder: Path) -> DataLoader:
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
         transforms.Normalize([0.5] * 3, [0.5] * 3),
     ])  # fmt: skip
-    return DataLoader(ImageFolder(folder, transform), DATA_BATCH, shuffle=True, num_workers=2,
+    return DataLoader(ImageFolder(folder, transform), DATA_BATCH, shuffle=True, num_workers=WORKERS,
                       drop_last=True, persistent_workers=True)  # fmt: skip
-
-
-def repeat(work: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        work()
 
 
 def endless(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
@@ -220,7 +232,7 @@ def compare_data(report: Report, config: Config, rounds: int, device: torch.devi
         return TrainingBatches(split, config.data, images, 0, device).starting_at(0)
 
     small, large = batches_of(originals), batches_of(enlarged)
-    usual = f"DataLoader, 2 workers, {size}x{size} PNGs"
+    usual = f"DataLoader, {WORKERS} workers, {size}x{size} PNGs"
     # One after the other, or the workers would fetch ahead while ours is timed; and in long
     # stretches, which what they have fetched ahead at the beginning cannot shorten.
     with tempfile.TemporaryDirectory() as folder:
@@ -354,15 +366,16 @@ def compare_processes(
 def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.device) -> None:
     """What only a GPU shows: batch sizes, each optimisation taken away, whole grids."""
     size = config.data.image_size
-    variants = {f"batch {n}": ({}, n) for n in BATCH_SIZES}
-    variants |= {name: (changes, config.train.batch_size) for name, changes in SWITCHES.items()}
-    for name, (changes, images) in variants.items():
+    variants = {f"batch {n}": ({}, {}, n) for n in BATCH_SIZES}
+    variants |= {name: (*changes, config.train.batch_size) for name, changes in SWITCHES.items()}
+    for name, (changes, options, images) in variants.items():
         changed = settings.apply_overrides(config, changes)
         peak = matmul_peak(device, training_dtype(changed, device))
         torch.compiler.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        engine = engine_for(build_model(changed, device)[0], changed, device, images)
+        with inductor.patch(options):
+            engine = engine_for(build_model(changed, device)[0], changed, device, images)
         flops = 3 * images * forward_flops(engine.model, size, device)
         batch = random_batch(images, size, device)
         work = {name: partial(engine.train_step, *batch)}
@@ -410,16 +423,6 @@ def new_network(name: str, config: Config, device: torch.device) -> nn.Module:
     return network
 
 
-@contextmanager
-def always_written(report: Report, path: Path):
-    """The JSON file holds what was measured, also where a later part fails."""
-    try:
-        yield
-    finally:
-        write_json(path, report.content)
-        print(f"written to {path}")
-
-
 def parse_arguments():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--peer", action="store_true", help="time other networks as well")
@@ -441,33 +444,33 @@ def main() -> int:
     if config.train.batch_size == AUTO_BATCH:
         raise ConfigError("the batch size of a benchmark must be a number, not auto")
     on_cuda = device.type == "cuda"
-    report = Report({
+    path = Path(args.json)
+    report = Report(path, {
         "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",
         "threads": torch.get_num_threads(), "torch": str(torch.__version__),
         "training": precision_name(training_dtype(config, device)),
         "sampling": precision_name(sampling_dtype(config, device)),
         "batch": config.train.batch_size, "image_size": config.data.image_size,
     })  # fmt: skip
-    with always_written(report, Path(args.json)):
-        networks = {"ours": new_network("ours", config, device)}
-        for name in PEERS if args.peer else ():
-            try:
-                networks[name] = new_network(name, config, device)
-            except ImportError as error:
-                print(f"{name} is left out: {error.name} is not installed")
-        per_image = compare_networks(report, config, networks, rounds, device)
-        data = compare_data(report, config, rounds, device)
-        report.note("data", "share of a training step", share=data / per_image["ours"])
-        names = list(networks)
-        networks.clear()
-        compare_memory(report, config, names)
-        if args.sizes:
-            compare_sizes(report, config, rounds, device)
-        if on_cuda:
-            compare_on_cuda(report, config, rounds, device)
-        compare_processes(report, config, rounds, device)
-        if on_cuda:
-            compare_sampling(report, config, rounds, device)
+    networks = {"ours": new_network("ours", config, device)}
+    for name in PEERS if args.peer else ():
+        try:
+            networks[name] = new_network(name, config, device)
+        except ImportError as error:
+            print(f"{name} is left out: {error.name} is not installed")
+    per_image = compare_networks(report, config, networks, rounds, device)
+    data = compare_data(report, config, rounds, device)
+    report.note("data", "share of a training step", share=data / per_image["ours"])
+    names = list(networks)
+    networks.clear()
+    compare_memory(report, config, names)
+    if on_cuda:
+        compare_on_cuda(report, config, rounds, device)
+        compare_sampling(report, config, rounds, device)
+    if args.sizes:
+        compare_sizes(report, config, rounds, device)
+    compare_processes(report, config, rounds, device)
+    print(f"written to {path}")
     return 0
 
 

@@ -15,7 +15,7 @@ import config as settings
 from cifar10 import PREPARED, DataError, find_source, fingerprint, list_pictures, published_archive
 from command_line import Parser, add_config_flags, config_overrides, exit_with
 from config import Config, ConfigError
-from gpu_status import diagnose, gather_facts
+from gpu_status import diagnose, first_line, gather_facts
 
 PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "pillow")
 OLDEST_TORCH = (2, 11)
@@ -110,7 +110,14 @@ def check_step(config: Config) -> Finding:
     """One training step and one sampled picture of the configured network, on its device."""
     import torch
 
-    from build import build_model, build_sampler, choose_device, precision_name, training_dtype
+    from build import (
+        build_model,
+        build_sampler,
+        choose_device,
+        precision_name,
+        switched_on,
+        training_dtype,
+    )
     from conditional_diffusion import TrainingEngine
     from training_run import peak_memory_gib
 
@@ -135,15 +142,31 @@ def check_step(config: Config) -> Finding:
         sampler = build_sampler(replace(config, sample=sample), scheduler)
         picture = sampler.sample(model, labels[:1], (3, size, size), [0])
     except Exception as error:  # whatever goes wrong here would go wrong in training
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         return Finding(False, f"a training step failed: {reason}",
                        "see the GPU line above; --device cpu works anywhere")  # fmt: skip
     if loss is None or not math.isfinite(picture.sum().item()):
         return Finding(False, f"numbers are not finite in {precision_name(dtype)}",
                        "--train.precision fp32")  # fmt: skip
-    return Finding(True, f"on {device} in {precision_name(dtype)}: a step of {TRIAL_IMAGES} images "
-                   f"took {seconds:.2g} s, a picture could be drawn, "
-                   f"{peak_memory_gib(device):.1f} GiB at most")  # fmt: skip
+    text = (f"on {device} in {precision_name(dtype)}: a step of {TRIAL_IMAGES} images took "
+            f"{seconds:.2g} s, a picture could be drawn, {peak_memory_gib(device):.1f} GiB at most")
+    problem = compiler_problem(device) if switched_on(config.train.compile, device) else ""
+    if problem:
+        return Finding(True, f"{text}; torch.compile does not work ({problem})",
+                       "training goes on without it, only slower; it needs a C compiler and "
+                       "Python's headers")  # fmt: skip
+    return Finding(True, text)
+
+
+def compiler_problem(device) -> str:
+    """What torch.compile lacks on this device, tried on one line; empty where it works."""
+    import torch
+
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler and its tools may raise
+        return first_line(error) or type(error).__name__
+    return ""
 
 
 def space_needed(config: Config) -> int:

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,8 @@ def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> No
     # Backward runs outside autocast, as without a compiler: what is float32 in the network has
     # float32 gradients.
     compiler.backward_pass_autocast = "off"
+    # That float32 is not TensorFloat32 is meant.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     plain, reason = engine.network, []
     say("compiling the network, which takes a minute or two; --train.compile false leaves it out")
     try:

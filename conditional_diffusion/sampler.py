@@ -143,7 +143,8 @@ class Sampler:
         def draw(part: slice) -> Tensor:
             return self._sample_batch(model, class_labels[part], shape, seeds[part], callback)
 
-        with evaluating(model):
+        # One autocast for all steps: it casts weights that require gradients only once.
+        with evaluating(model), autocast(class_labels.device, self.autocast_dtype):
             pictures = in_parts(draw, len(seeds), batch_size or len(seeds), "pictures")
         return torch.cat(pictures)
 
@@ -159,8 +160,7 @@ class Sampler:
         previous_timesteps = [*self.timesteps[1:], -1]
         for done, (t, previous) in enumerate(zip(self.timesteps, previous_timesteps), start=1):
             timesteps = torch.full((len(x_t),), t, device=device)
-            with autocast(device, self.autocast_dtype):
-                output = guided_prediction(model, x_t, timesteps, class_labels, self.scale_at(t))
+            output = guided_prediction(model, x_t, timesteps, class_labels, self.scale_at(t))
             x_start = self.scheduler.predict_x_start(output.float(), x_t, timesteps)
             if self.clip_x_start:
                 x_start = x_start.clamp(-1, 1)

@@ -88,6 +88,13 @@ def schedule():
     return build
 
 
+@pytest.fixture(autouse=True)
+def device_of_the_test(request, monkeypatch):
+    """Only a test marked gpu uses one: the others compare to the bit, or patch what a CPU calls."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def own_directory(tmp_path, monkeypatch):
     """The test runs in an empty directory, without DATA_DIR."""

@@ -23,7 +23,8 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     monkeypatch.setattr(benchmark, "DATA_BATCHES", 1)
     monkeypatch.setattr(benchmark, "PICTURES", 128)
     pairs = zip(TINY_FLAGS[::2], TINY_FLAGS[1::2])
-    flags = [word for pair in pairs if pair[0].startswith(("--model", "--data")) for word in pair]
+    flags = [word for pair in pairs if pair[0].startswith(("--model", "--data", "--dev"))
+             for word in pair]  # fmt: skip
     status, said = call(benchmark, *flags, "--rounds", 2, "--sizes", "--batch-size", 3)
     assert status == 0, said
     content = json.loads(Path("benchmark.json").read_text())
@@ -52,7 +53,7 @@ def die(config, name):
 @pytest.mark.usefixtures("own_directory")
 def test_a_process_that_dies_leaves_the_rest_of_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "peak_of_a_step", die)
-    report = benchmark.Report({})
+    report = benchmark.Report(Path("benchmark.json"), {})
     benchmark.compare_memory(report, full(), ["ours"])
     assert report.content["measurements"] == []
     assert "memory of ours: not measured" in capsys.readouterr().out
@@ -65,11 +66,23 @@ def test_a_batch_size_has_to_be_a_number(call):
     assert_one_sentence(said, "must be a number, not auto")
 
 
-def test_calls_take_turns_and_the_first_ones_do_not_count():
+@pytest.mark.usefixtures("own_directory")
+def test_what_was_measured_is_kept_whatever_happens_later():
+    report = benchmark.Report(Path("benchmark.json"), {"device": "CPU"})
+    report.note("network", "ours", parameters_M=1)
+    content = json.loads(Path("benchmark.json").read_text())
+    assert content["measurements"] == [{"what": "network", "name": "ours", "parameters_M": 1}]
+    report.add("training step", "ours", [1.0], 2)
+    assert len(json.loads(Path("benchmark.json").read_text())["measurements"]) == 2
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_calls_take_turns_and_the_first_ones_do_not_count(monkeypatch, calls):
+    monkeypatch.setattr(benchmark, "CALLS", {"cpu": calls})
     order = []
     works = {name: lambda name=name: order.append(name) for name in "ab"}
     times = time_in_turns(works, 3, torch.device("cpu"))
-    assert order == ["a", "b"] * (3 + benchmark.BURN_IN)
+    assert order == (["a"] * calls + ["b"] * calls) * (3 + benchmark.BURN_IN)
     assert [len(values) for values in times.values()] == [3, 3]
 
 

@@ -19,8 +19,7 @@ from evaluation import pixel_neighbours
 from scores import nearest_images
 
 GPU = torch.device("cuda:0")
-pytestmark = [pytest.mark.filterwarnings("ignore:.*CUDA is not available"),
-              pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 
 class FakeGenerator:
@@ -45,6 +44,9 @@ def gpu():
     with (
         patch("torch.cuda.mem_get_info", lambda device: (Memory.free, 16 * 2**30)),
         patch("torch.Tensor.pin_memory", pin_memory),
+        # Without a GPU torch would leave autocast out.
+        patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        patch("torch.cuda.is_bf16_supported", lambda: True),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         yield Memory
@@ -90,6 +92,9 @@ def test_no_training_step_asks_for_a_number(gpu, dtype, parts):
                             autocast_dtype=dtype)  # fmt: skip
     engine.micro_batches = parts
 
+    dtypes = set()
+    model.stem.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+
     def backward(loss):
         assert loss.device == GPU and loss.dtype == torch.float32
         for parameter in model.parameters():
@@ -99,7 +104,7 @@ def test_no_training_step_asks_for_a_number(gpu, dtype, parts):
     with patch("torch.Tensor.backward", backward):
         for _ in range(2):
             engine.train_step(*batch)
-    assert engine.step == 2
+    assert engine.step == 2 and dtypes == {dtype or torch.float32}
     # A validation asks for one number, which is its last act.
     with pytest.raises(DataDependentOutputException), patch.object(
         engine.processes, "sum", side_effect=lambda losses: losses

@@ -122,6 +122,17 @@ def test_a_step_that_fails_or_gives_no_numbers(lines, monkeypatch):
         assert words in line and "Cure: " in line
 
 
+def test_a_compiler_that_does_not_work_is_noted(lines, monkeypatch):
+    def broken(function):
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert lines()[1]["training"].startswith("ok")  # which a CPU does not compile
+    status, found = lines("--train.compile", "true")
+    assert status == 0 and found["training"].startswith("note")
+    assert "torch.compile does not work (Failed to find C compiler). Cure: " in found["training"]
+
+
 def test_commands_stand_on_lines_of_their_own(capsys):
     cure = "replace torch:\n  python -m pip uninstall -y torch\n  python -m pip install torch"
     doctor.show("GPU", doctor.Finding(False, "this torch is built without CUDA", cure))
