@@ -181,7 +181,7 @@ def engine_for(
     model: nn.Module, config: Config, device: torch.device, images: int
 ) -> TrainingEngine:
     """The product's training step around any network of our signature, for so many images."""
-    scheduler = CosineNoiseScheduler(image_size=config.data.image_size).to(device)
+    scheduler = CosineNoiseScheduler().to(device)
     engine = TrainingEngine(
         model, scheduler, total_steps=10**6, learning_rate=1e-4,
         autocast_dtype=training_dtype(config, device),

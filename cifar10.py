@@ -42,8 +42,6 @@ SEARCH_PATH = (
     Path("/home/azureuser/Diffusion/data/cifar10-128x128"),
     REPOSITORY_DATA / "cifar10-128x128",
 )
-LABELS = {name: label for label, name in enumerate(CLASS_NAMES)}
-LABELS |= {f"class{label}": label for label in range(len(CLASS_NAMES))}
 HELD_OUT = 10  # without a test split, one picture in this many is held out of training
 PREPARED_VERSION = 1
 CONNECTION_SECONDS = 30  # without an answer from the server, after which there is no network
@@ -53,6 +51,15 @@ THREE_WAYS = (
     "on a machine with internet access. `DATASET=pictograms` trains on the built-in pictograms."
 )
 
+
+
+def folder_labels(class_names: tuple[str, ...]) -> dict[str, int]:
+    """The class of a folder by its name in lower case."""
+    names = {f"class{label}": label for label in range(len(class_names))}
+    return names | {name.lower(): label for label, name in enumerate(class_names)}
+
+
+LABELS = folder_labels(CLASS_NAMES)
 Progress = Callable[[Iterable, int, str], Iterable]  # (items, total, what) -> the same items
 
 
@@ -105,10 +112,19 @@ def is_cifar_archive(path: Path) -> bool:
 
 
 def published_archive(path: Path) -> Path | None:
-    """The authors' archive at path or directly inside it, or None."""
+    """The authors' archive at path or directly inside it, or None.
+
+    Raises DataError where the classes are not meant to be as many as it holds.
+    """
     inside = (path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py")
-    return next((place for place in (path, *inside) if place.exists() and is_cifar_archive(place)),
-                None)  # fmt: skip
+    archive = next((place for place in (path, *inside)
+                    if place.exists() and is_cifar_archive(place)), None)  # fmt: skip
+    if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
+        raise DataError(
+            f"{archive} holds the {CIFAR_CLASSES} classes of CIFAR-10, but CLASS_NAMES in "
+            f"config.py lists {len(CLASS_NAMES)}; point DATA_DIR to pictures of those"
+        )
+    return archive
 
 
 def download(root: Path) -> Path:
@@ -236,11 +252,6 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         with only_one(PREPARED / ".lock", say):  # another may have fetched it meanwhile
             source = find_source("") or download(REPOSITORY_DATA)
     archive = published_archive(source)
-    if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
-        raise DataError(
-            f"{archive} holds the {CIFAR_CLASSES} classes of CIFAR-10, but CLASS_NAMES in "
-            f"config.py lists {len(CLASS_NAMES)}; point DATA_DIR to pictures of those"
-        )
     pictures = [] if archive else list_pictures(source)
     folder = PREPARED / fingerprint(archive or source, pictures, data)
     if (folder / "info.json").exists():

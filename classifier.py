@@ -5,7 +5,6 @@ Its accuracy on held-out pictures is measured and kept with it: a score it gives
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
 from config import CLASS_NAMES
 from data import Split
+from training_monitor import replacing
 
 INPUT_SIZE = 32  # pixels a side of what the classifier sees
 CHUNK = 500  # pictures looked at together outside training
@@ -211,8 +211,7 @@ def cached_classifier(
     accuracy = (found == splits["test"].labels).float().mean().item()
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     saved = {"accuracy": accuracy, "train": train, "held_out": held_out}
-    torch.save({"model": weights, **saved}, unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        torch.save({"model": weights, **saved}, unfinished)
     return Judge(model, **saved)

@@ -5,7 +5,6 @@ a run is alive. Downloads and pictures that the user put into data/ are never to
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -15,8 +14,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from command_line import exit_with
 from gpu_status import format_processes, query_processes
-from training_monitor import RUN_DIRECTORIES, RunInUse, refuse_second_run
+from training_monitor import RUN_DIRECTORIES, RunInUse, read_json, refuse_second_run
 
 RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[0-9]*",
         "checkpoints_overfit_[0-9]*", "checkpoints_demo_[0-9]*", "generated_images")  # fmt: skip
@@ -78,15 +78,14 @@ def is_leftover(pid: int) -> bool:
     return ours and "\nPPid:\t1\n" in status and pid not in live_runs()
 
 
-def live_runs() -> list[int]:
-    """Process numbers of the runs that are alive."""
+def live_runs() -> list[int | None]:
+    """Process numbers of the runs that are alive, None where one has not written it yet."""
     pids = []
     for folder in RUN_DIRECTORIES.values():
         try:
             refuse_second_run(folder)
         except RunInUse:
-            with suppress(OSError, ValueError, KeyError):
-                pids.append(json.loads((folder / "run.json").read_text())["pid"])
+            pids.append(read_json(folder / "run.json").get("pid"))
     return pids
 
 
@@ -128,11 +127,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.what == "cuda":
         return clean_cuda(ask=not args.yes)
-    try:
-        for folder in RUN_DIRECTORIES.values():
-            refuse_second_run(folder)
-    except RunInUse as error:
-        sys.exit(f"error: {error}")
+    for folder in RUN_DIRECTORIES.values():
+        refuse_second_run(folder)
     patterns = RUNS + (CACHES if args.what == "all" else ())
     paths = existing(patterns)
     full_run = any(path.name.startswith("checkpoints") and list(path.glob("checkpoint_*.pt"))
@@ -142,4 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, (RunInUse,))

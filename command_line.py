@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import config as settings
-from config import CLASS_NAMES, ConfigError
+from config import ConfigError
 
 # Flags for the common choices, beside the full names that every setting has.
 TRAINING_FLAGS = {
@@ -85,6 +85,18 @@ def add_config_flags(
             )  # fmt: skip
 
 
+def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint to draw from, and how."""
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
+                        help="checkpoint file or run directory (default: the newest usable one)")
+    parser.add_argument("--raw", action="store_true", help="raw weights instead of their EMA")
+    parser.add_argument("--seed", metavar="N", default="0",
+                        help="seed of the first picture; the next ones follow (0)")
+    parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
+                        help="auto, cpu, cuda, ...")
+    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")
+
+
 def config_overrides(args: argparse.Namespace) -> dict[str, str]:
     """The settings given as flags; DATA_DIR in the environment counts as --data-dir."""
     given = {name: value for name, value in vars(args).items() if name in settings.OPTIONS}
@@ -93,12 +105,12 @@ def config_overrides(args: argparse.Namespace) -> dict[str, str]:
     return given
 
 
-def parse_classes(text: str, class_names: tuple[str, ...] = CLASS_NAMES) -> list[int]:
+def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
     """Class indices from "cat,dog,3"; ConfigError names the nearest class to an unknown one."""
-    chosen = []
+    chosen, known = [], [name.lower() for name in class_names]
     for word in filter(None, (part.strip().lower() for part in text.split(","))):
-        if word in class_names:
-            index = class_names.index(word)
+        if word in known:
+            index = known.index(word)
         elif word.isdecimal() and int(word) < len(class_names):
             index = int(word)
         else:

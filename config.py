@@ -351,14 +351,8 @@ PRESETS = {"full": full, "overfit": overfit, "quick-test": quick_test, "demo": d
 
 
 def to_dict(config: Config) -> dict:
-    """Plain dicts, lists and numbers, as JSON and checkpoints hold them."""
-    plain = asdict(config)
-    for section in SECTIONS:
-        plain[section] = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in plain[section].items()
-        }
-    return plain
+    """Plain dicts, tuples and numbers, as JSON and checkpoints can hold them."""
+    return asdict(config)
 
 
 def flatten(config: Config) -> dict[str, object]:

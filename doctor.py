@@ -12,7 +12,15 @@ from importlib import metadata
 from pathlib import Path
 
 import config as settings
-from cifar10 import PREPARED, DataError, find_source, fingerprint, list_pictures, published_archive
+from cifar10 import (
+    PREPARED,
+    DataError,
+    assign_splits,
+    find_source,
+    fingerprint,
+    list_pictures,
+    published_archive,
+)
 from command_line import Parser, add_config_flags, config_overrides, exit_with
 from config import Config, ConfigError
 from gpu_status import diagnose, first_line, gather_facts
@@ -87,6 +95,8 @@ def check_writing() -> Finding:
 
 
 def check_data(config: Config) -> Finding:
+    if config.data.dataset == "pictograms":
+        return Finding(True, "the built-in pictograms")
     try:
         source = find_source(config.data.data_dir)
         if source is None:
@@ -94,9 +104,8 @@ def check_data(config: Config) -> Finding:
                            "(170 MB), `make train DATA_DIR=...` uses your own")  # fmt: skip
         archive = published_archive(source)
         pictures = [] if archive else list_pictures(source)
-        if not archive and not pictures:
-            return Finding(False, f"{source} holds no pictures in folders named by class",
-                           "see README, Data")  # fmt: skip
+        if not archive:
+            assign_splits(pictures, source)
         name = fingerprint(archive or source, pictures, config.data)
     except (DataError, OSError) as error:
         return Finding(False, str(error), "see README, Data")
@@ -123,6 +132,9 @@ def check_step(config: Config) -> Finding:
 
     try:
         device = choose_device(config)
+    except ConfigError as error:
+        return Finding(False, str(error))
+    try:
         model, scheduler = build_model(config, device)
         dtype = training_dtype(config, device)
         engine = TrainingEngine(
@@ -144,7 +156,8 @@ def check_step(config: Config) -> Finding:
     except Exception as error:  # whatever goes wrong here would go wrong in training
         reason = first_line(error) or type(error).__name__
         return Finding(False, f"a training step failed: {reason}",
-                       "see the GPU line above; --device cpu works anywhere")  # fmt: skip
+                       "see the GPU line above; --device cpu works anywhere"
+                       if device.type == "cuda" else "choose smaller settings")  # fmt: skip
     if loss is None or not math.isfinite(picture.sum().item()):
         return Finding(False, f"numbers are not finite in {precision_name(dtype)}",
                        "--train.precision fp32")  # fmt: skip

@@ -1,7 +1,7 @@
 """Pictures from a checkpoint: what drawing them and scoring them share."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from conditional_diffusion.memory import fitting_batch_size
 from conditional_diffusion.processes import Processes
 from config import Config
 from training_monitor import RUN_DIRECTORIES, say
+
+AT_ONCE = 512  # pictures held as float32, 0.2 MB each at 128x128
 
 
 def open_checkpoint(name: str | None) -> tuple[Path, dict]:
@@ -134,3 +136,12 @@ class Drawing:
             self.model, labels.to(self.device), (3, self.size, self.size), seeds,
             batch_size=self.batch_size, callback=callback,
         )  # fmt: skip
+
+    def draw_parts(
+        self, labels: Tensor, seeds: Sequence[int],
+        callback: Callable[[int, Tensor, Tensor], None],
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """The same, AT_ONCE pictures after the other, so that memory need not hold all."""
+        for start in range(0, len(seeds), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            yield self.draw(labels[part], seeds[part], callback)

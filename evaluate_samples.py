@@ -7,7 +7,6 @@
 Every score comes with what it depends on, in scores.jsonl beside the drawings.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +19,9 @@ import config as settings
 from build import choose_device
 from cifar10 import IMAGE_SUFFIXES, UNREADABLE, DataError, locate, to_rgb
 from command_line import (
-    SAMPLING_FLAGS,
     Parser,
     add_config_flags,
+    add_drawing_flags,
     config_overrides,
     exit_with,
     join_processes,
@@ -37,7 +36,7 @@ from data import Split, load_splits, to_images
 from drawing import Drawing, open_drawing
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
-from training_monitor import labelled_grid, progress, save_image, say
+from training_monitor import append_record, labelled_grid, progress, save_image, say
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory)
 PER_CLASS = {"cuda": 1000, "cpu": 50}  # pictures drawn unless --samples says otherwise
@@ -46,30 +45,23 @@ INCEPTION_TITLES = {"fid": "FID", "kid_mean": "KID", "precision": "precision",
 REFERENCE_SETTINGS = ("data.data_dir", "data.dataset", "data.skip_unreadable")
 INCEPTION_CACHE = Path("data/inception")
 GRID_ROWS = 4  # of the samples shown; they are the first ones, not chosen
-AT_ONCE = 500  # pictures kept as float32 before they become bytes
 
 
 def parse_arguments():
     parser = Parser(description=__doc__.split("\n\n")[0] + " Sampler and steps are those of the "
                     "grids drawn during training unless others are given.")  # fmt: skip
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
-                        help="checkpoint file or run directory (default: the newest usable one)")
     parser.add_argument("--pictures", metavar="DIR",
                         help="score these pictures, named CLASS_*.png or in folders by class")
     parser.add_argument("--samples", metavar="N", help="pictures per class "
                         f"(on a GPU {PER_CLASS['cuda']}, on a CPU {PER_CLASS['cpu']})")
     parser.add_argument("--sweep", metavar="S,S,...", help="score these guidance scales in turn")
-    parser.add_argument("--raw", action="store_true", help="raw weights instead of their EMA")
-    parser.add_argument("--seed", metavar="N", default="0", help="seed of the first picture (0)")
     parser.add_argument("--inception-weights", metavar="FILE",
                         help="Inception weights for FID, KID, ... (torch-fidelity's own otherwise)")
     parser.add_argument("--no-inception", action="store_true", help="leave FID, KID, ... out")
     parser.add_argument("--output", metavar="DIR",
                         help="where scores and drawings go (evaluation/ beside what is scored)")
-    parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
-                        help="auto, cpu, cuda, ...")
     add_config_flags(parser, ("data",), defaults="the checkpoint's", only=REFERENCE_SETTINGS)
-    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")
+    add_drawing_flags(parser)
     return parser.parse_args()
 
 
@@ -106,9 +98,10 @@ def read_folder(folder: Path) -> Pictures:
 
 def class_of(path: Path) -> int | None:
     """The class in a picture's name, cat_0000.png, or else in that of a folder above it."""
-    name = path.name.partition("_")[0].lower()
-    if name in CLASS_NAMES:
-        return CLASS_NAMES.index(name)
+    name = path.name.lower()
+    own = [label for label, known in enumerate(CLASS_NAMES) if name.startswith(f"{known.lower()}_")]
+    if own:  # the longest, as a name may begin with another one
+        return max(own, key=lambda label: len(CLASS_NAMES[label]))
     place = locate(path)
     return None if place is None else place[1]
 
@@ -135,9 +128,8 @@ def draw(drawing: Drawing, per_class: int, seed: int, processes: Processes) -> P
             if done == len(drawing.sampler.timesteps):
                 bar.update(len(x_t))
 
-        for chunk in own.split(AT_ONCE) if len(own) else ():
-            seeds = [seed + i for i in chunk.tolist()]
-            parts.append(to_images(drawing.draw(labels[chunk], seeds, advance)).cpu())
+        for pictures in drawing.draw_parts(labels[own], (own + seed).tolist(), advance):
+            parts.append(to_images(pictures).cpu())
     gathered = [part.numpy() for process in processes.gather(parts) for part in process]
     return Pictures(torch.from_numpy(np.concatenate(gathered)), labels) if gathered else None
 
@@ -211,6 +203,9 @@ class Report:
         self.args, self.output, self.device = args, output, choose_device(config)
         reference = replace(config.data, image_size=image_size, samples_per_class=0, repeats=1)
         self.splits = load_splits(reference, seed=config.train.seed, progress=progress, say=say)
+        if not len(self.splits["test"]):
+            raise DataError("scores need held-out pictures, of which this data has none; use more "
+                            "pictures, or put some below test/")  # fmt: skip
         self.evaluator = Evaluator(
             self.splits, image_size, self.device, progress=progress, say=say
         )
@@ -222,8 +217,7 @@ class Report:
         record = {**facts, "reference": self.evaluator.facts(), **scores.report}
         record["inception"] = inception_part(pictures, self.splits, self.args, self.device)
         self.records.append(record)
-        with open(self.output / "scores.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(self.output / "scores.jsonl", record)
         for line in report_lines(record):
             say(line)
         if scores.confusion is not None:
@@ -254,6 +248,9 @@ def score_checkpoint(args, overrides: dict) -> Path:
                            processes=processes)  # fmt: skip
     require_classes(drawing.path, drawing.class_names, CLASS_NAMES)
     config = drawing.config
+    if config.data.dataset == "pictograms" and "data.data_dir" in overrides:
+        say("the pictures of DATA_DIR are not used: this run learned the built-in pictograms; "
+            "--dataset cifar10 scores against them nevertheless")  # fmt: skip
     per_class = parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
     seed = parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
@@ -277,8 +274,8 @@ def score_checkpoint(args, overrides: dict) -> Path:
 
 def main() -> int:
     args = parse_arguments()
-    overrides = {**config_overrides(args), "train.device": vars(args)["train.device"]}
-    output = (score_folder if args.pictures else score_checkpoint)(args, overrides)
+    score = score_folder if args.pictures else score_checkpoint
+    output = score(args, config_overrides(args))
     say(f"scores, confusion matrix and nearest training images: {output}/")
     return 0
 

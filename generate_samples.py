@@ -19,9 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command_line import (
-    SAMPLING_FLAGS,
     Parser,
-    add_config_flags,
+    add_drawing_flags,
     config_overrides,
     exit_with,
     join_processes,
@@ -45,27 +44,21 @@ from training_monitor import (
 )
 
 USER_ERRORS = (ConfigError, CheckpointError, OutOfMemory)
-MOST_SAMPLES = 10_000  # pictures per class and call; their tensor takes 20 GB at 128x128
+MOST_SAMPLES = 10_000  # pictures per class and call
 GRID_ROWS = 50  # at most; a longer grid shows nothing more
 FRAMES, COLUMNS = 30, 8  # of the trajectory's animation and of its film strip
 
 
 def parse_arguments():
     parser = Parser(description=" ".join(__doc__.split("\n\n")[::2]))
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
-                        help="checkpoint file or run directory (default: the newest usable one)")
     parser.add_argument("--samples", metavar="N", default="4", help="pictures per class (4)")
     parser.add_argument("--classes", metavar="C,C,...", help="names or indices (all)")
-    parser.add_argument("--seed", metavar="N", default="0",
-                        help="seed of each class's first picture; the next ones follow (0)")
-    parser.add_argument("--raw", action="store_true", help="raw weights instead of their EMA")
     parser.add_argument("--grid-only", action="store_true", help="the grid without single files")
     parser.add_argument("--trajectory", action="store_true",
                         help="also show how each class's first picture emerges from noise")
     parser.add_argument("--output", metavar="DIR", default="generated_images",
                         help="where the pictures go (generated_images)")
-    parser.add_argument("--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda, ...")
-    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")
+    add_drawing_flags(parser)
     return parser.parse_args()
 
 
@@ -131,7 +124,8 @@ class Album:
         self.output, self.names, self.seeds, self.timesteps = output, names, seeds, timesteps
         self.facts, self.single = facts, single
         self.pictures = [{"class": name, "seed": seed} for seed, name in product(seeds, names)]
-        self.batches: list[np.ndarray] = []  # uint8 (B, H, W, 3)
+        self.shown = max(0, GRID_ROWS - self.share.start) * len(names)  # of ours in the grid
+        self.batches: list[np.ndarray] = []  # of these, uint8 (B, H, W, 3)
         self.drawn = 0
         # Per shown step the states of each class's first picture, under the number of the batch's
         # first picture: a batch that runs out of memory comes again, in parts.
@@ -159,14 +153,13 @@ class Album:
                 picture["file"] = f"{picture['class']}_{picture['seed']:04d}.png"
                 text = as_text({**picture, **self.facts})
                 save_image(Image.fromarray(pixels), self.output / picture["file"], text)
-        self.batches.append(images)
+        self.batches.append(images[: max(0, self.shown - self.drawn)])
         self.drawn += len(images)
 
     def finish(self) -> None:
         """Write grid.png, samples.json and, where asked for, the trajectory."""
         self.bar.close()
-        shown = max(0, GRID_ROWS - self.share.start) * len(self.names)
-        own = np.concatenate(self.batches)[:shown] if self.batches else None
+        own = np.concatenate(self.batches) if self.batches else None
         parts = self.processes.gather((own, self.pictures))
         if not self.processes.leads:
             return
@@ -213,8 +206,9 @@ def main() -> int:
     args = parse_arguments()
     seeds = parse_seeds(args.seed, args.samples)
     processes = join_processes()
-    overrides = {**config_overrides(args), "train.device": args.device}
-    drawing = open_drawing(args.checkpoint, overrides, raw=args.raw, processes=processes)
+    drawing = open_drawing(
+        args.checkpoint, config_overrides(args), raw=args.raw, processes=processes
+    )
     class_names = drawing.class_names
     classes = list(range(len(class_names)))
     if args.classes is not None:
@@ -228,10 +222,10 @@ def main() -> int:
         single=not args.grid_only, trajectory=args.trajectory, processes=processes,
     )  # fmt: skip
     if album.seeds:  # there may be fewer than processes
-        drawing.draw(
-            torch.tensor(classes).repeat(len(album.seeds)),
-            [seed for seed in album.seeds for _ in names], album.on_step,
-        )  # fmt: skip
+        labels = torch.tensor(classes).repeat(len(album.seeds))
+        seeds = [seed for seed in album.seeds for _ in names]
+        for _ in drawing.draw_parts(labels, seeds, album.on_step):
+            pass  # the album has taken them
     album.finish()
     animation = f"; animation: {output / 'trajectory.gif'}" if args.trajectory else ""
     say(f"grid: {output / 'grid.png'}; facts: {output / 'samples.json'}{animation}")

@@ -7,7 +7,6 @@ and scores of the floor are kept in a cache folder, under names made from everyt
 
 import hashlib
 import json
-import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +22,7 @@ from cifar10 import CONNECTION_SECONDS, Progress
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
 from data import Split, to_images, to_x_start
-from training_monitor import write_json
+from training_monitor import replacing, write_json
 
 EXTRACTOR = "inception-v3-compat"  # torch-fidelity's port of the network that defines FID
 FEATURES, LOGITS = "2048", "logits_unbiased"  # its layers; the second is for Inception Score
@@ -186,10 +185,8 @@ def cached_reference(path: Path, reference: Split, extract: Extract) -> Referenc
 
     features, _ = extract(reference.images, "features of the reference")
     known = {"features": features.numpy(), **fid_features_to_statistics(features)}
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with open(unfinished, "wb") as file:
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **known)
-    os.replace(unfinished, path)
     return known
 
 

@@ -80,6 +80,9 @@ def count_gpus(text: str) -> int:
 def rendezvous_of(args, nodes: int) -> dict:
     """What tells the launchers of several machines, or of this one alone, where to meet."""
     if nodes == 1:
+        if args.rendezvous or args.node_rank != "0":
+            raise ConfigError("--rendezvous and --node-rank are for several machines; say how many "
+                              "with --nodes (make: NODES=)")  # fmt: skip
         return {"rdzv_backend": "c10d", "rdzv_endpoint": f"{LOOPBACK}:0",
                 "rdzv_configs": {"is_host": True}, "local_addr": LOOPBACK}  # fmt: skip
     host, _, port = (args.rendezvous or "").rpartition(":")
@@ -184,7 +187,7 @@ def main() -> int:
     restarts = parse_index("--restarts", args.restarts, 1000)
     if not Path(args.script).is_file():
         raise ConfigError(f"{args.script} is no script here")
-    script = [args.script, *args.arguments]
+    script, rendezvous = [args.script, *args.arguments], rendezvous_of(args, nodes)
     if gpus == nodes == 1 and not restarts:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *script])
@@ -194,7 +197,7 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))  # that may be used, of those there are
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // gpus)))
     os.environ.setdefault(STOPPING_TIMEOUT, str(STOPPING_SECONDS))
-    return launch(script, gpus, nodes, restarts, rendezvous_of(args, nodes),
+    return launch(script, gpus, nodes, restarts, rendezvous,
                   leader_here=nodes == 1 or int(args.node_rank) == 0)  # fmt: skip
 
 

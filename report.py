@@ -5,7 +5,6 @@ GIF (`make report`; a run writes them by itself when it ends).
 import argparse
 import base64
 import io
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,14 +12,17 @@ from html import escape
 from pathlib import Path
 
 import config as settings
+from command_line import exit_with
 from health import quarter_words, verdict
 from run_status import energy_text, read_facts
 from training_monitor import (
     RUN_DIRECTORIES,
     by_kind,
     evenly,
+    read_json,
     read_metrics,
     read_records,
+    replacing,
     sample_path,
     save_animation,
 )
@@ -50,13 +52,6 @@ def grid_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the EMA's grids, at most MOST_GRIDS, first and last among them."""
     paths = sorted((folder / "samples").glob("step_*_ema.png"))
     return [(int(path.name.split("_")[1]), path) for path in evenly(paths, MOST_GRIDS)]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 def embedded(path: Path, kind: str) -> str:
@@ -207,9 +202,8 @@ def write_report(folder: Path) -> Path:
         f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
     path = folder / "report.html"
-    unfinished = path.with_name("report.html.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     if len(grids) > 1:
         write_animation(grids, folder / "samples.gif")
     return path
@@ -243,4 +237,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, ())

@@ -15,7 +15,14 @@ from pathlib import Path
 
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
 from health import quarter_words, verdict
-from training_monitor import RUN_DIRECTORIES, by_kind, duration, read_metrics, time_left
+from training_monitor import (
+    RUN_DIRECTORIES,
+    by_kind,
+    duration,
+    read_json,
+    read_metrics,
+    time_left,
+)
 
 NO_RUN = "No training run yet: type `make demo` for a small one or `make train`."
 UNKNOWN = {"state": "unknown: run.json is missing or damaged", "device": "unknown device",
@@ -58,11 +65,10 @@ def is_alive(folder: Path) -> bool:
 def read_facts(folder: Path) -> dict:
     """run.json, its state put right if the run was killed."""
     alive = is_alive(folder)
-    try:
-        written = json.loads((folder / "run.json").read_text())
-        facts = {key: written[key] for key in UNKNOWN}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    facts = read_json(folder / "run.json")
+    if not facts.keys() >= UNKNOWN.keys():
         return UNKNOWN
+    facts = {key: facts[key] for key in UNKNOWN}
     if facts["state"] == "running" and not alive and not is_alive(folder):  # nor just begun
         return facts | {"state": "died"}
     return facts
@@ -172,9 +178,18 @@ def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]
     ]
 
 
+def finite(value):
+    """The same with None for numbers that JSON lacks, through nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_json(runs: list[Run]) -> list[dict]:
-    """The same for programs; times are seconds since 1970, losses as they were recorded."""
-    return [
+    """The same for programs; times are seconds since 1970, losses as recorded or None."""
+    return finite([
         {
             "mode": run.mode, "folder": str(run.folder), **run.facts,
             "seconds_left": seconds_left(run),
@@ -187,7 +202,7 @@ def as_json(runs: list[Run]) -> list[dict]:
             "last_sample": f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else None,
         }
         for run in runs
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 def format_status(runs: list[Run], now: float) -> str:

@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -51,11 +52,26 @@ def progress(items: Iterable, total: int, what: str) -> Iterable:
     return tqdm(items, total=total, desc=what, disable=None, leave=False)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Replace path in one step, so that a reader never sees half a file."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name under which to write what then takes path's place: no reader sees half a file."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    yield unfinished
     os.replace(unfinished, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Its content; nothing where the file is missing, damaged or something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_records(path: Path) -> list[dict]:
@@ -67,6 +83,15 @@ def read_records(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def append_record(path: Path, record: dict) -> None:
+    """One more line in a JSON Lines file, also behind a line that was cut short."""
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        start = "" if file.read() in (b"", b"\n") else "\n"
+        file.write((start + json.dumps(record) + "\n").encode())
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -104,11 +129,10 @@ def acquire_lock(folder: Path) -> TextIO:
 
 def owner(folder: Path) -> str:
     """Who runs there, from run.json, which a run of this instant may not have written yet."""
-    try:
-        facts = json.loads((folder / "run.json").read_text())
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
-    except (FileNotFoundError, ValueError, KeyError):
+    facts = read_json(folder / "run.json")
+    if not facts.keys() >= {"started", "pid", "host"}:
         return "another process"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
     return f"process {facts['pid']} on {facts['host']} since {since}"
 
 
@@ -184,10 +208,8 @@ class TrainingMonitor:
         write_json(self.folder / "run.json", self.facts)
         write_json(self.folder / "config.json", config)
         kept = [record for record in read_metrics(self.folder) if record["step"] <= step]
-        path = self.folder / "metrics.jsonl"
-        unfinished = path.with_name("metrics.jsonl.tmp")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(unfinished, path)
+        with replacing(self.folder / "metrics.jsonl") as unfinished:
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
         if step > 0:
             self.append("resume", step=step)
         self.bar = tqdm(
@@ -198,6 +220,7 @@ class TrainingMonitor:
 
     def end(self, state: str) -> None:
         """Note how the run ended: "finished" or "interrupted"."""
+        self.bar.close()
         self.facts["state"] = state
 
     def advance(self) -> None:
@@ -207,8 +230,7 @@ class TrainingMonitor:
         """One more record in metrics.jsonl, with its epoch and time."""
         epoch = round(values["step"] / self.facts["steps_per_epoch"], 3)
         record = {"kind": kind, "epoch": epoch, **values, "time": time.time()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(self.folder / "metrics.jsonl", record)
 
     def warn(self, step: int, message: str) -> None:
         """Say what looks wrong, and record it."""
@@ -244,11 +266,10 @@ class TrainingMonitor:
             f"{name} {value}" for name, value in shown.items()
         ) + ("" if left is None else f", {duration(left)} left")  # fmt: skip
 
-    def draw_samples(self, step: int, name: str, images, class_names: Sequence[str]) -> Path:
+    def draw_samples(self, step: int, name: str, images, class_names: Sequence[str]) -> None:
         """A labelled grid of uint8 images (rows * classes, H, W, 3), classes taking turns."""
-        path = sample_path(self.folder, step, name)
-        save_image(labelled_grid(images, class_names, f"step {step}, {name}"), path)
-        return path
+        grid = labelled_grid(images, class_names, f"step {step}, {name}")
+        save_image(grid, sample_path(self.folder, step, name))
 
     @property
     def curves_are_old(self) -> bool:
@@ -305,20 +326,18 @@ def save_image(image, path: Path, facts: dict[str, str] | None = None) -> None:
     info = PngInfo()
     for key, value in (facts or {}).items():
         info.add_text(key, value)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    image.save(unfinished, format="PNG", pnginfo=info)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        image.save(unfinished, format="PNG", pnginfo=info)
 
 
 def save_animation(frames: Sequence, path: Path, comment: str) -> None:
     """Write PIL pictures as a GIF that loops, its last frame held, in one step."""
-    unfinished = path.with_name(f"{path.name}.tmp")
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
-    frames[0].save(
-        unfinished, format="GIF", save_all=True, append_images=frames[1:], duration=durations,
-        loop=0, comment=comment.encode(),
-    )  # fmt: skip
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        frames[0].save(
+            unfinished, format="GIF", save_all=True, append_images=frames[1:], duration=durations,
+            loop=0, comment=comment.encode(),
+        )  # fmt: skip
 
 
 def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
@@ -375,6 +394,5 @@ def draw_curves(records: list[dict], path: Path) -> None:
         if name in ("loss", "validation loss", "loss by noise level"):
             axes.legend()
     panels["images per second"].set_ylim(bottom=0)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    figure.savefig(unfinished, format="png", dpi=90)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=90)

@@ -53,12 +53,6 @@ def peak_memory_gib(device) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
-def gpu_uuid(device) -> str | None:
-    if device.type != "cuda":
-        return None
-    return str(torch.cuda.get_device_properties(device).uuid)
-
-
 def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
     """Compile the training step, or say why not: a run must not depend on a compiler."""
     from torch._functorch import config as compiler
@@ -133,7 +127,8 @@ class Run:
         if saved is not None:
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
-        self.energy_meter = EnergyMeter(gpu_uuid(device))
+        uuid = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else None
+        self.energy_meter = EnergyMeter(uuid)
         self.reported_skips = self.engine.skipped_steps
         self.loss_watch = LossWatch(
             record for record in by_kind(read_metrics(folder), "train")[0]
@@ -240,7 +235,7 @@ class Run:
             if monitor is not None:
                 monitor.draw_samples(self.engine.step, name, to_arrays(images), CLASS_NAMES)
         # In the short runs young pictures say nothing.
-        if monitor is not None and self.config.mode == "full":
+        if monitor is not None and self.config.mode == "full" and len(self.validation[0]):
             for finding in picture_findings(images, self.validation[0]):  # of the EMA
                 monitor.warn(self.engine.step, finding)
 
@@ -321,26 +316,21 @@ class Run:
             if self.processes.several and engine.network is engine.model:
                 engine.rehearse(*first)
         save_due, log_due = every(train.save_every), every(train.log_every)
-        try:
-            complete = engine.fit(
-                self.batches.starting_at(engine.step),
-                on_step=after_step,
-                periodic=[
-                    # The first step of all is logged at once; a resumed run keeps to the rhythm.
-                    (lambda step: step == 1 or log_due(step), lambda: self.log(monitor)),
-                    (every(train.validate_every), lambda: self.validate(monitor)),
-                    (lambda step: save_due(step) or self.save_is_due, self.save),
-                    # Drawing comes last: what takes time must not stand before a save.
-                    (lambda step: log_due(step) and monitor and monitor.curves_are_old,
-                     draw_curves),
-                    (every(train.sample_every), lambda: self.draw(monitor)),
-                ],
-            )
-        finally:
-            if monitor is not None:
-                monitor.bar.close()
+        complete = engine.fit(
+            self.batches.starting_at(engine.step),
+            on_step=after_step,
+            periodic=[
+                # The first step of all is logged at once; a resumed run keeps to the rhythm.
+                (lambda step: step == 1 or log_due(step), lambda: self.log(monitor)),
+                (every(train.validate_every), lambda: self.validate(monitor)),
+                (lambda step: save_due(step) or self.save_is_due, self.save),
+                # Drawing comes last: what takes time must not stand before a save.
+                (lambda step: log_due(step) and monitor and monitor.curves_are_old, draw_curves),
+                (every(train.sample_every), lambda: self.draw(monitor)),
+            ],
+        )
         self.processes.answers()  # to the last step's wishes, which change nothing any more
-        if not complete and engine.step > 0:
+        if not complete:
             self.save()
             draw_curves()
         if monitor is not None:

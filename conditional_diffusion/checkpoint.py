@@ -146,8 +146,8 @@ def write_failure(path: Path, error: Exception) -> str:
     return f"cannot write {path}: {reason}; check the folder's permissions and its disk"
 
 
-def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
-    """Read and check one checkpoint.
+def load_checkpoint(path: Path) -> dict:
+    """Read and check one checkpoint; its tensors are on the CPU.
 
     Raises CheckpointError for a missing or damaged file, for a torch file that is something else
     and for a format version this code does not know. Nothing in the file is executed.
@@ -158,7 +158,7 @@ def load_checkpoint(path: Path, *, device: str | torch.device = "cpu") -> dict:
     try:
         if zipfile.is_zipfile(path):
             verify_checksums(path)  # torch.load does not
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except DAMAGED as error:
@@ -185,13 +185,12 @@ def require_classes(path: Path, trained: Sequence[str], class_names: Sequence[st
     if list(class_names) != list(trained):
         raise CheckpointError(
             f"{path} was trained on the classes {', '.join(trained)}, which CLASS_NAMES in "
-            "config.py no longer lists; restore them there, or start anew with --fresh "
-            "(make: FRESH=1)"
+            "config.py no longer lists; restore them there, or train anew (make train FRESH=1)"
         )
 
 
 def load_newest(
-    folders: list[Path], *, device: str | torch.device = "cpu", warn: Callable[[str], None]
+    folders: list[Path], *, warn: Callable[[str], None]
 ) -> tuple[Path, dict] | None:
     """The newest readable checkpoint of the first folder that has one, or None.
 
@@ -200,7 +199,7 @@ def load_newest(
     for folder in folders:
         for path in reversed(list_checkpoints(folder)):
             try:
-                return path, load_checkpoint(path, device=device)
+                return path, load_checkpoint(path)
             except CheckpointError as error:
-                warn(f"{error}; trying an older one")
+                warn(f"{error}; looking for an older one")
     return None

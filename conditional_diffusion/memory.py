@@ -12,8 +12,8 @@ import torch
 Result = TypeVar("Result")
 
 logger = logging.getLogger("conditional_diffusion")
-# torch's allocator of the GPU has an exception of its own; what else allocates says it in words.
-MEMORY_ERRORS = (torch.OutOfMemoryError, RuntimeError, MemoryError)
+# torch's allocator of the GPU has a RuntimeError of its own; what else allocates says it in words.
+MEMORY_ERRORS = (RuntimeError, MemoryError)
 MEMORY_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -108,13 +108,9 @@ class Processes:
         work.wait()
         return sent.bool().tolist()
 
-    def averaging(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over all processes in every backward pass."""
-        return average_gradients(model) if self.several else model
-
 
 def average_gradients(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel.
+    """The model, its gradients averaged over all processes in every backward pass.
 
     Once per model: what an earlier call has attached to its parameters stays there.
     """

@@ -70,7 +70,7 @@ class Sampler:
         guidance_interval: (low, high) in fractions of the chain, 0 the clean end; timesteps outside
             are not guided, which also halves their cost (Kynkaanniemi et al. 2024, sec. 3).
         clip_x_start: clip the predicted clean image to [-1, 1], the only clamp there is.
-        autocast_dtype: of the network alone, as of TrainingEngine; the state stays float32.
+        autocast_dtype: as of TrainingEngine; the state stays float32.
     """
 
     def __init__(

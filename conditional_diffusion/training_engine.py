@@ -27,7 +27,7 @@ from .memory import (
     reraise_unless_out_of_memory,
 )
 from .noise_scheduler import CosineNoiseScheduler
-from .processes import Processes
+from .processes import Processes, average_gradients
 from .sampler import autocast, evaluating
 
 # Running sums since the last record, by attribute; durations are not among them.
@@ -223,7 +223,7 @@ class TrainingEngine:
         """
         empty_caches()  # NCCL takes its buffers from what is free, not from torch's cache
         self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
-        self.network, self.tied = self.processes.averaging(self.network), True
+        self.network, self.tied = average_gradients(self.network), True
 
     @torch.no_grad()
     def _update_average(self, batch_size: int) -> None:

@@ -11,6 +11,7 @@ from conftest import TINY_FLAGS
 
 import doctor
 from conditional_diffusion import UNet, memory
+from config import CLASS_NAMES
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 # The data section asks for real pictures, of which there are none here.
@@ -101,12 +102,16 @@ def test_data_that_cannot_be_used(lines, tmp_path):
 
 
 def test_data_that_can_be_used(lines, tmp_path):
-    folder = tmp_path / "pictures" / "train" / "cat"
-    folder.mkdir(parents=True)
-    (folder / "1.png").touch()
+    for name in CLASS_NAMES:
+        folder = tmp_path / "pictures" / "train" / name
+        folder.mkdir(parents=True)
+        (folder / "1.png").touch()
     status, found = lines("--data-dir", "pictures")
     assert status == 0
-    assert found["data"].startswith("ok    data       pictures: 1 pictures, fingerprint ")
+    assert found["data"].startswith("ok    data       pictures: 10 pictures, fingerprint ")
+    assert "built-in pictograms" in lines("--dataset", "pictograms")[1]["data"]
+    (folder / "1.png").unlink()
+    assert "no training pictures of truck" in failing(lines("--data-dir", "pictures"), "data")
 
 
 def test_a_step_that_fails_or_gives_no_numbers(lines, monkeypatch):
@@ -143,6 +148,4 @@ def test_commands_stand_on_lines_of_their_own(capsys):
 
 
 def test_a_device_that_is_not_there(lines):
-    if torch.cuda.is_available():
-        pytest.skip("it is there")
     assert "device 'cuda:9' cannot be used" in failing(lines("--device", "cuda:9"), "training")

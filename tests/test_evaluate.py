@@ -108,6 +108,13 @@ def test_folder_of_pictures_with_classes_in_names_or_folders(tmp_path):
     assert pictures.images.shape == (3, 3, 8, 8) and pictures.images.dtype == torch.uint8
 
 
+def test_class_names_may_hold_capitals_and_underscores(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate_samples.CLASS_NAMES", ("bear", "Bear_polar", "dog"))
+    for name in ("bear_0000.png", "bear_polar_0000.png", "Dog_0.png"):
+        save(tmp_path / name, "red")
+    assert sorted(read_folder(tmp_path).labels.tolist()) == [0, 1, 2]
+
+
 def test_folder_of_pictures_without_classes(tmp_path):
     save(tmp_path / "00000.png", (1, 2, 3))
     save(tmp_path / "00001.png", (4, 5, 6))
@@ -169,6 +176,16 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
     assert status == 0, said
     (record,) = read_scores("mine/evaluation")
     assert record["pictures"] == "mine" and record["colour"]["mean"] == [255, 0, 0]
+
+
+def test_scores_need_held_out_pictures(call):
+    for name in CLASS_NAMES:
+        save(Path("single", name, "1.png"), "red", (16, 16))
+        save(Path("mine", f"{name}_1.png"), "red", (16, 16))
+    status, said = call(evaluate_samples, "--pictures", "mine", "--data-dir", "single",
+                        "--no-inception", "--device", "cpu")  # fmt: skip
+    assert status == 1
+    assert_one_sentence(said, "held-out pictures", "test/")
 
 
 def test_distances_stand_beside_those_of_as_many_held_out_pictures(evaluator, splits):

@@ -305,6 +305,15 @@ def test_earlier_pictures_are_moved_aside_not_lost(draw):
     assert names(OUT / "earlier_2") == {"cat_0000.png", "grid.png", "samples.json"}
 
 
+def test_many_pictures_are_drawn_in_parts(draw, monkeypatch):
+    arguments = ["--samples", 5, "--classes", "cat", "--trajectory", "--batch-size", 1]
+    draw(*arguments)
+    whole = {path.name: path.read_bytes() for path in OUT.glob("*.png")}
+    monkeypatch.setattr("drawing.AT_ONCE", 2)
+    draw(*arguments)
+    assert {path.name: path.read_bytes() for path in OUT.glob("*.png")} == whole
+
+
 def test_long_grids_end(draw, monkeypatch):
     monkeypatch.setattr(generate_samples, "GRID_ROWS", 2)
     draw("--samples", 3, "--classes", "cat")

@@ -22,7 +22,13 @@ import train_model
 import training_run
 from cifar10 import DataError
 from command_line import LAUNCH_FOLDER, LAUNCHER, MISTAKE, status_of
-from conditional_diffusion import CosineNoiseScheduler, TrainingEngine, UNet, processes
+from conditional_diffusion import (
+    CosineNoiseScheduler,
+    TrainingEngine,
+    UNet,
+    processes,
+    training_engine,
+)
 from conditional_diffusion.checkpoint import CheckpointError, WriteError
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
@@ -49,8 +55,6 @@ def test_alone_everything_is_returned_as_it_was_given():
     assert alone.leads and not alone.several and alone.share(7) == slice(0, 7)
     assert alone.agree(True, False) == [True, False]
     assert alone.gather(3) == [3] and alone.from_leader(lambda: 4) == 4
-    model = torch.nn.Linear(1, 1)
-    assert alone.averaging(model) is model
 
 
 def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch):
@@ -233,14 +237,12 @@ class Pretended(Processes):
     def extreme(self, value, *, largest):
         return max(value, 4)
 
-    def averaging(self, model):
-        return Tied(model)
-
     def from_leader(self, work):
         return "another fingerprint"
 
 
 def test_parts_are_agreed_on_before_training_and_lacking_later_ends_the_run(monkeypatch):
+    monkeypatch.setattr(training_engine, "average_gradients", Tied)
     engine, batches = build_engine(Pretended(0, 2))
     batch = next(batches.starting_at(0))
     engine.train_step(*batch)
@@ -485,6 +487,8 @@ def test_a_mistake_is_one_clear_sentence(tmp_path, arguments, word):
     (["--restarts", "-1"], "--restarts"),
     (["--gpu", "2"], "'--gpus'"),
     (["--nodes", "2"], "--rendezvous HOST:PORT"),
+    (["--rendezvous", "first:29500"], "how many with --nodes"),
+    (["--gpus", "2", "--node-rank", "1"], "how many with --nodes"),
     (["--nodes", "2", "--rendezvous", "first:99999"], "'first:99999'"),
     (["--nodes", "2", "--rendezvous", "nowhere.invalid:29500"], "cannot be looked up"),
     (["--nodes", "2", "--node-rank", "2", "--rendezvous", "127.0.0.1:29500"], "--node-rank"),

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -351,11 +352,13 @@ def test_monitor_ends_when_the_terminal_is_gone(tmp_path):
 @pytest.mark.parametrize("command", ["status", "monitor"])
 def test_json_says_the_same_to_programs(tmp_path, hold_lock, command):
     records = [train(100, loss=0.5), train(200, loss=0.25), validation(200, 0.3)]
+    records[1]["loss_quarters"][0] = math.nan
     hold_lock(write_run(tmp_path, records=records))
     done = run_script(command, "--json", "--root", tmp_path, PATH=str(tmp_path))
-    content = json.loads(done.stdout)
+    content = json.loads(done.stdout, parse_constant=pytest.fail)  # such as NaN
     (run,) = content["runs"]
     assert (run["mode"], run["state"], run["total_steps"]) == ("full", "running", 5000)
+    assert run["last_train"]["loss_quarters"] == [None, 0.05, None, 0.01]
     assert run["last_train"]["loss"] == 0.25 and run["last_validation"]["loss"] == 0.3
     assert run["noise_levels"] == ["too early"] * 4
     assert run["seconds_left"] == 4800  # a step took a second

@@ -11,7 +11,13 @@ from PIL import Image
 
 import training_monitor
 from run_status import find_runs, format_status
-from training_monitor import RunInUse, TrainingMonitor, read_metrics
+from training_monitor import (
+    RunInUse,
+    TrainingMonitor,
+    append_record,
+    read_metrics,
+    read_records,
+)
 
 FACTS = {"mode": "demo", "device": "cpu", "machine": "test", "total_steps": 100,
          "steps_per_epoch": 10, "command": "python train_model.py --demo"}  # fmt: skip
@@ -40,6 +46,17 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
     assert [(r["kind"], r["step"]) for r in records] == expected
     assert records[0]["epoch"] == 0.1
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
+
+
+def test_a_record_survives_the_one_before_that_was_cut_short(tmp_path):
+    path = tmp_path / "records.jsonl"
+    append_record(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"b":')
+    append_record(path, {"c": 2})
+    append_record(path, {"d": 3})
+    assert read_records(path) == [{"a": 1}, {"c": 2}, {"d": 3}]
+    assert path.read_text().count("\n") == 4
 
 
 def test_progress_lines_know_no_time_left_before_the_second_record(tmp_path, monkeypatch, capsys):
@@ -87,6 +104,7 @@ def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
     other.kill()
     other.wait()
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
+        monitor.begin(0, {})
         monitor.end("finished")
 
 
