@@ -185,7 +185,8 @@ def require_classes(path: Path, trained: Sequence[str], class_names: Sequence[st
     if list(class_names) != list(trained):
         raise CheckpointError(
             f"{path} was trained on the classes {', '.join(trained)}, which CLASS_NAMES in "
-            "config.py no longer lists; restore them there, or train anew (make train FRESH=1)"
+            "config.py no longer lists; restore them there, or train anew with --fresh "
+            "(make train FRESH=1)"
         )
 
 

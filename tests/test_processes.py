@@ -502,7 +502,7 @@ def test_a_mistake_of_the_launch_is_one_clear_sentence(tmp_path, flags, word):
 
 @pytest.mark.usefixtures("own_directory")
 def test_a_process_whose_launcher_is_gone_does_not_start(call, monkeypatch):
-    monkeypatch.setenv(LAUNCHER, "1")  # not this process's parent
+    monkeypatch.setenv(LAUNCHER, str(os.getpid()))  # not this process's parent
     status, said = call(train_model, *TRAIN[1:])
     assert status == 1 and "launch.py ended while this process was starting" in said
 
