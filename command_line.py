@@ -91,7 +91,7 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
                         help="checkpoint file or run directory (default: the newest usable one)")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of their EMA")
     parser.add_argument("--seed", metavar="N", default="0",
-                        help="seed of the first picture; the next ones follow (0)")
+                        help="the first seed; further pictures take the next ones (0)")
     parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
                         help="auto, cpu, cuda, ...")
     add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")

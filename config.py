@@ -185,8 +185,8 @@ class TrainConfig(Section):
     )
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     precision: str = option(
-        "auto", "auto (on CUDA bf16, or fp16 with loss scaling, if the GPU is fast at it), fp32, "
-        "bf16, fp16", one_of=PRECISIONS
+        "auto", "auto (on CUDA bf16, or fp16 with loss scaling, if the GPU is fast at it), fp32 "
+        "(TF32 stays off), bf16, fp16", one_of=PRECISIONS
     )  # fmt: skip
     channels_last: str = option(
         "auto", "memory layout of the network: auto (on CUDA), true, false", one_of=SWITCH
