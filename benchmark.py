@@ -7,6 +7,7 @@ image size; on CUDA the batch size and each optimisation follow by themselves. E
 also lands in a JSON file.
 """
 
+import gc
 import multiprocessing
 import os
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch._inductor import config as inductor
+from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,13 +63,17 @@ KEPT_IMAGES = 4  # share what is kept but once, as weights in another precision
 BATCH_SIZES = (64, 256, 1024)  # on CUDA, beside the default; compiling each takes its time
 IMAGE_SIZES = (32, 64, 128, 256)
 GRID_PICTURES = 100
-# Settings and compiler options that differ from the product's.
+GRIDS = (("ddpm", 1000), ("ddpm", 50), ("dpm-solver++", 20))  # samplers and their steps
+# What differs from the product: settings, and those of torch that the product leaves alone.
 SWITCHES = {
-    "without compile": ({"train.compile": "false"}, {}),
-    "without channels_last": ({"train.channels_last": "false"}, {}),
-    "channels_last throughout": ({}, {"force_layout_optimization": True}),
-    "without mixed precision": ({"train.precision": "fp32"}, {}),
-}
+    "without compile": ({"train.compile": "false"}, nullcontext),
+    "without channels_last": ({"train.channels_last": "false"}, nullcontext),
+    "channels_last throughout": ({}, partial(inductor.patch, force_layout_optimization=True)),
+    "cuDNN trying kernels": (
+        {}, partial(cudnn.flags, enabled=True, benchmark=True, allow_tf32=False)
+    ),
+    "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
+}  # fmt: skip
 USER_ERRORS = (ConfigError,)
 
 
@@ -363,29 +370,34 @@ def compare_processes(
     report.note("processes", "in a group of one, against alone", ratio=statistics.median(ratios))
 
 
+def time_training(report: Report, name: str, config: Config, images: int, rounds: int,
+                  device: torch.device) -> None:  # fmt: skip
+    """A training step on CUDA by itself, with its memory, built and compiled for it."""
+    peak = matmul_peak(device, training_dtype(config, device))
+    torch.compiler.reset()
+    gc.collect()  # the variant before
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    engine = engine_for(build_model(config, device)[0], config, device, images)
+    flops = 3 * images * forward_flops(engine.model, config.data.image_size, device)
+    work = partial(engine.train_step, *random_batch(images, config.data.image_size, device))
+    report.add("training step", name, time_in_turns({name: work}, rounds, device)[name], images,
+               flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
+               parts=engine.micro_batches)  # fmt: skip
+
+
 def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.device) -> None:
     """What only a GPU shows: batch sizes, each optimisation taken away, whole grids."""
     size = config.data.image_size
-    variants = {f"batch {n}": ({}, {}, n) for n in BATCH_SIZES}
-    variants |= {name: (*changes, config.train.batch_size) for name, changes in SWITCHES.items()}
-    for name, (changes, options, images) in variants.items():
+    for images in BATCH_SIZES:
+        time_training(report, f"batch {images}", config, images, rounds, device)
+    for name, (changes, context) in SWITCHES.items():
         changed = settings.apply_overrides(config, changes)
-        peak = matmul_peak(device, training_dtype(changed, device))
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        with inductor.patch(options):
-            engine = engine_for(build_model(changed, device)[0], changed, device, images)
-        flops = 3 * images * forward_flops(engine.model, size, device)
-        batch = random_batch(images, size, device)
-        work = {name: partial(engine.train_step, *batch)}
-        report.add("training step", name, time_in_turns(work, rounds, device)[name], images,
-                   flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
-                   parts=engine.micro_batches)  # fmt: skip
-        del engine, batch, work
+        with context():
+            time_training(report, name, changed, config.train.batch_size, rounds, device)
     model, scheduler = build_model(config, device)
     labels = torch.arange(GRID_PICTURES, device=device) % len(CLASS_NAMES)
-    for sampler, steps in (("ddpm", 1000), ("ddpm", 50), ("dpm-solver++", 20)):
+    for sampler, steps in GRIDS:
         chain = SAMPLERS[sampler](
             scheduler, num_inference_steps=steps, guidance_scale=2.0,
             autocast_dtype=sampling_dtype(config, device),

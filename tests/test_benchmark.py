@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 from benchmark import forward_flops, kept_bytes, time_in_turns
-from config import full
+from config import apply_overrides, full
 from peers import Predecessor
 
 
@@ -44,6 +44,27 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     }  # fmt: skip
     assert found["processes", "in a group of one, against alone"]["ratio"] > 0
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_what_is_measured_on_cuda_runs_through(monkeypatch):
+    """On the CPU, without what only a GPU has; its settings for convolutions are put back."""
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    for name, value in {"MATMUL_SIZE": {"cpu": 64}, "BATCH_SIZES": (2,), "GRID_PICTURES": 2,
+                        "GRIDS": (("ddpm", 2),)}.items():  # fmt: skip
+        monkeypatch.setattr(benchmark, name, value)
+    overrides = {name.removeprefix("--"): value
+                 for name, value in zip(TINY_FLAGS[2::2], TINY_FLAGS[3::2])}  # fmt: skip
+    config = apply_overrides(full(), {**overrides, "train.batch_size": "3"})
+    report = benchmark.Report(Path("benchmark.json"), {})
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    benchmark.compare_on_cuda(report, config, 1, torch.device("cpu"))
+    found = {(m["what"], m["name"], m["images"]) for m in report.content["measurements"]}
+    assert found == {("training step", "batch 2", 2), ("grid", "ddpm, 2 steps, guided", 2)} | {
+        ("training step", name, 3) for name in benchmark.SWITCHES
+    }
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before
 
 
 def die(config, name):
