@@ -86,6 +86,11 @@ def load_prepared(folder: Path) -> dict[str, Split]:
     }
 
 
+def spread(count: int, total: int) -> Tensor:
+    """count indices spread evenly over 0..total-1, which is often sorted by class."""
+    return torch.arange(count) * total // max(1, count)
+
+
 @lru_cache
 def bicubic_matrix(size: int, image_size: int, device: torch.device) -> Tensor:
     """(image_size, size): F.interpolate's bicubic enlargement of a column, as a matrix."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from cifar10 import Progress
 from classifier import INPUT_SIZE, cached_classifier, look_at, to_input
 from config import CLASS_NAMES
-from data import Split, to_arrays, to_images, to_x_start
+from data import Split, spread, to_arrays, to_images, to_x_start
 from scores import (
     NEIGHBOURS,
     Neighbours,
@@ -42,11 +42,6 @@ class Scores:
     confusion: Tensor | None
     by_features: Neighbours
     by_pixels: Neighbours
-
-
-def evenly(count: int, total: int) -> Tensor:
-    """count indices spread over 0..total-1, which is often sorted by class."""
-    return torch.arange(count) * total // max(1, count)
 
 
 def pixel_neighbours(images: Tensor, references: Tensor, device) -> Neighbours:
@@ -93,7 +88,7 @@ class Evaluator:
         """Class agreement, Frechet distance, near copies and colours of N pictures."""
         images, labels = pictures.images, pictures.labels
         n = min(len(images), len(self.held_out))
-        index = evenly(n, len(self.held_out))
+        index = spread(n, len(self.held_out))
         real_images, real_features = self.held_out.images[index], self.judge.held_out[index]
         features, found = look_at(self.judge.model, images)
         report: dict = {"n": len(images), "n_floor": n}
@@ -107,7 +102,7 @@ class Evaluator:
                 name: share[i].item() for i, name in enumerate(CLASS_NAMES) if drawn[i]
             }
         if n > 1:
-            as_many = features[evenly(n, len(features))]  # distances fall with their number
+            as_many = features[spread(n, len(features))]  # distances fall with their number
             for name, seen in (("", features), ("_at_n_floor", as_many), ("_floor", real_features)):
                 distance = frechet_distance(seen, self.judge.train)
                 report[f"frechet_distance{name}"] = distance
@@ -120,7 +115,7 @@ class Evaluator:
             report[f"near_copies_{name}"] = near_copies(ours).float().mean().item()
             report[f"near_copies_{name}_floor"] = near_copies(real).float().mean().item()
         report["colour"] = colour_statistics(images)
-        some = evenly(min(COLOUR_IMAGES, len(self.train)), len(self.train))
+        some = spread(min(COLOUR_IMAGES, len(self.train)), len(self.train))
         seen = to_images(to_x_start(self.train.images[some], self.image_size))
         report["colour_data"] = colour_statistics(seen)
         return Scores(report, confusion, by_features, by_pixels)

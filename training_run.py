@@ -18,7 +18,7 @@ from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
-from data import Split, TrainingBatches, to_arrays, to_x_start
+from data import Split, TrainingBatches, spread, to_arrays, to_x_start
 from gpu_status import EnergyMeter
 from health import LossWatch, picture_findings, validation_findings
 from scores import nearest_images
@@ -157,8 +157,7 @@ class Run:
 
     def spread_images(self, split: Split, most: int) -> tuple[Tensor, Tensor]:
         """(x_start, labels) of at most so many images, evenly over a split sorted by class."""
-        count = min(most, len(split))
-        index = torch.arange(count) * len(split) // max(1, count)
+        index = spread(min(most, len(split)), len(split))
         x_start = to_x_start(split.images[index].to(self.device), self.config.data.image_size)
         return x_start, split.labels[index].to(self.device)
 
