@@ -95,20 +95,19 @@ class CosineNoiseScheduler(nn.Module):
             # Derived from the config, hence not part of a checkpoint.
             self.register_buffer(name, table.float(), persistent=False)
 
-    def _at(self, table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-        """Entries of a (T,) table at timesteps (B,), shaped (B, 1, ..., 1) to broadcast."""
-        return table[timesteps].view(-1, *[1] * (like.ndim - 1))
+    def rates(self, timesteps: Tensor, like: Tensor) -> list[Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) at timesteps (B,), each (B, 1, ..., 1) to suit `like`."""
+        tables = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        return [table[timesteps].view(-1, *[1] * (like.ndim - 1)) for table in tables]
 
     def add_noise(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_start), Ho et al. 2020, eq. 4. Tensors (B, ...), timesteps (B,)."""
-        signal = self._at(self.sqrt_alphas_cumprod, timesteps, x_start)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, timesteps, x_start)
+        signal, sigma = self.rates(timesteps, x_start)
         return signal * x_start + sigma * noise
 
     def get_velocity(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = sqrt(abar) noise - sqrt(1 - abar) x_start, Salimans & Ho 2022, app. D."""
-        signal = self._at(self.sqrt_alphas_cumprod, timesteps, x_start)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, timesteps, x_start)
+        signal, sigma = self.rates(timesteps, x_start)
         return signal * noise - sigma * x_start
 
     def training_target(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -121,8 +120,7 @@ class CosineNoiseScheduler(nn.Module):
 
     def predict_x_start(self, model_output: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """x_start implied by the network's output at x_t: eq. 4 of Ho et al. solved for it."""
-        signal = self._at(self.sqrt_alphas_cumprod, timesteps, x_t)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, timesteps, x_t)
+        signal, sigma = self.rates(timesteps, x_t)
         if self.prediction_type == "epsilon":
             return (x_t - sigma * model_output) / signal
         if self.prediction_type == "sample":
@@ -131,8 +129,7 @@ class CosineNoiseScheduler(nn.Module):
 
     def predict_noise(self, model_output: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The noise implied by the network's output at x_t, shape of x_t."""
-        signal = self._at(self.sqrt_alphas_cumprod, timesteps, x_t)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, timesteps, x_t)
+        signal, sigma = self.rates(timesteps, x_t)
         if self.prediction_type == "epsilon":
             return model_output
         if self.prediction_type == "sample":
