@@ -127,7 +127,8 @@ class Run:
         if saved is not None:
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
-        uuid = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else None
+        on_cuda = device.type == "cuda"
+        uuid = str(torch.cuda.get_device_properties(device).uuid) if on_cuda else None
         self.energy_meter = EnergyMeter(uuid)
         self.reported_skips = self.engine.skipped_steps
         self.loss_watch = LossWatch(
