@@ -128,7 +128,7 @@ def check_step(config: Config) -> Finding:
         training_dtype,
     )
     from conditional_diffusion import TrainingEngine
-    from training_run import peak_memory_gib
+    from training_run import compiler_problem, peak_memory_gib
 
     try:
         device = choose_device(config)
@@ -163,23 +163,16 @@ def check_step(config: Config) -> Finding:
                        "--train.precision fp32")  # fmt: skip
     text = (f"on {device} in {precision_name(dtype)}: a step of {TRIAL_IMAGES} images took "
             f"{seconds:.2g} s, a picture could be drawn, {peak_memory_gib(device):.1f} GiB at most")
-    problem = compiler_problem(device) if switched_on(config.train.compile, device) else ""
+    problem = ""
+    if switched_on(config.train.compile, device):
+        problem = compiler_problem(
+            lambda: torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+        )
     if problem:
         return Finding(True, f"{text}; torch.compile does not work ({problem})",
                        "training goes on without it, only slower; it needs a C compiler and "
                        "Python's headers")  # fmt: skip
     return Finding(True, text)
-
-
-def compiler_problem(device) -> str:
-    """What torch.compile lacks on this device, tried on one line; empty where it works."""
-    import torch
-
-    try:
-        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
-    except Exception as error:  # whatever a compiler and its tools may raise
-        return first_line(error) or type(error).__name__
-    return ""
 
 
 def space_needed(config: Config) -> int:

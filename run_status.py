@@ -178,18 +178,9 @@ def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]
     ]
 
 
-def finite(value):
-    """The same with None for numbers that JSON lacks, through nested dicts and lists."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def as_json(runs: list[Run]) -> list[dict]:
     """The same for programs; times are seconds since 1970, losses as recorded or None."""
-    return finite([
+    content = [
         {
             "mode": run.mode, "folder": str(run.folder), **run.facts,
             "seconds_left": seconds_left(run),
@@ -202,7 +193,8 @@ def as_json(runs: list[Run]) -> list[dict]:
             "last_sample": f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else None,
         }
         for run in runs
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN is no JSON
 
 
 def format_status(runs: list[Run], now: float) -> str:

@@ -56,8 +56,11 @@ def progress(items: Iterable, total: int, what: str) -> Iterable:
 def replacing(path: Path) -> Iterator[Path]:
     """The name under which to write what then takes path's place: no reader sees half a file."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    yield unfinished
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -19,7 +19,7 @@ from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, spread, to_arrays, to_x_start
-from gpu_status import EnergyMeter
+from gpu_status import EnergyMeter, first_line
 from health import LossWatch, picture_findings, validation_findings
 from scores import nearest_images
 from training_monitor import (
@@ -53,6 +53,17 @@ def peak_memory_gib(device) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
+def compiler_problem(work: Callable[[], object]) -> str:
+    """What stops work that compiles something, in one line; empty where it gets through."""
+    try:
+        work()
+    except OutOfMemory:
+        raise
+    except Exception as error:  # whatever a compiler and its tools may raise
+        return first_line(error) or type(error).__name__
+    return ""
+
+
 def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
     """Compile the training step, or say why not: a run must not depend on a compiler."""
     from torch._functorch import config as compiler
@@ -62,19 +73,18 @@ def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> No
     compiler.backward_pass_autocast = "off"
     # That float32 is not TensorFloat32 is meant.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-    plain, reason = engine.network, []
+    plain = engine.network
     say("compiling the network, which takes a minute or two; --train.compile false leaves it out")
-    try:
+
+    def compiled_step() -> None:
         engine.network = torch.compile(plain, dynamic=False)  # batches have one size
         engine.rehearse(*batch)
-    except OutOfMemory:
-        raise
-    except Exception as error:  # whatever a compiler and its tools may raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+
+    reason = compiler_problem(compiled_step)
     if engine.processes.extreme(len(reason), largest=True):  # what one lacks, none uses
         engine.network = plain
-        reason = reason or ["another process has no compiler"]
-        say(f"torch.compile does not work here ({reason[0][:200]}); training goes on without it, "
+        reason = reason or "another process has no compiler"
+        say(f"torch.compile does not work here ({reason[:200]}); training goes on without it, "
             "--train.compile false does so at once")  # fmt: skip
 
 
