@@ -526,8 +526,10 @@ def test_a_batch_is_what_its_order_and_its_flips_say(monkeypatch):
     for share in (slice(0, 7), slice(0, 4), slice(4, 7), slice(2, 2)):
         source = TrainingBatches(split, DataConfig(image_size=4), 7, 0, "cpu", lambda n: share)  # noqa: B023
         x_start, labels = next(source.starting_at(1))
-        order = source.epoch_order(0)[7:14]
-        expected = [pixels[i].flip(-1) if flip else pixels[i] for i, flip in zip(order, drawn)]
+        images = list(zip(source.epoch_order(0)[7:14].tolist(), drawn))
+        order = [i for i, flip in images if not flip] + [i for i, flip in images if flip]
+        flipped = [i for i, flip in images if flip]
+        expected = [pixels[i].flip(-1) if i in flipped else pixels[i] for i in order]
         expected = torch.stack(expected)[share] / 127.5 - 1
         torch.testing.assert_close(x_start, expected, rtol=0, atol=1e-6)
         assert labels.tolist() == split.labels[order].tolist()
