@@ -263,19 +263,19 @@ def main() -> int:
     require_equal_data(splits, processes)
     run = Run(config, folder, splits, device, saved, processes)
     engine = run.engine
-    if engine.step >= engine.total_steps and not run.lacks_grid():
+    if engine.complete and not run.lacks_grid():
         say(f"the run in {folder} is complete ({engine.step} steps); EPOCHS= makes it longer, "
             "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
         return 0
     if not processes.leads:
-        return session(run, None)
+        return session(run)
     again = [word for word in sys.argv[1:] if word != "--fresh"]
     command = os.environ.get(COMMAND) or shlex.join([sys.executable, "train_model.py", *again])
     with TrainingMonitor(
         folder, mode=config.mode, device=device_name(device, processes),
         machine=machine_name(device), total_steps=engine.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch, command=command,
-    ) as monitor:  # fmt: skip
+    ) as run.monitor:  # fmt: skip
         if saved is None:
             clear_away(args.mode, folder)
             if LAUNCH_FOLDER in os.environ:
@@ -285,7 +285,7 @@ def main() -> int:
         if saved:
             say(f"continuing at step {engine.step}{changes(run.config, saved_config)}")
         require_space(folder, run.checkpoint_bytes())
-        status = session(run, monitor)
+        status = session(run)
     if status not in (0, 1):  # interrupted
         hint = "it starts anew next time" if args.mode == "quick-test" else (
             f"the same command without --fresh continues: {command}")  # fmt: skip
@@ -294,17 +294,14 @@ def main() -> int:
     return status
 
 
-def session(run: Run, monitor: TrainingMonitor | None) -> int:
-    """Train to the end or a signal; returns the exit status, 1 for a verdict that fails.
-
-    The monitor is that of the process that leads; the others have none.
-    """
-    if monitor is not None:
-        monitor.begin(run.engine.step, settings.to_dict(run.config))
+def session(run: Run) -> int:
+    """Train to the end or a signal; returns the exit status, 1 for a verdict that fails."""
+    if run.monitor:
+        run.monitor.begin(run.engine.step, settings.to_dict(run.config))
         if run.config.mode in ("overfit", "quick-test"):
-            run.draw_originals(monitor)
+            run.draw_originals()
     with stopping_on_signals(run) as received:
-        complete = run.fit(monitor)
+        complete = run.train()
     if not complete:
         # A signal need not have reached every process.
         number = run.processes.extreme(received[0] if received else 0, largest=True)

@@ -39,11 +39,6 @@ MEASURED_IMAGES = 1000  # from which the power of every frequency is taken
 GRID_ROWS = 4  # pictures per class in a grid, of runs that train on more than one image each
 
 
-def every(steps: int) -> Callable[[int], bool]:
-    """Whether a periodic action is due after a step."""
-    return lambda step: step % steps == 0
-
-
 def peak_memory_gib(device) -> float:
     """Peak memory so far: of the GPU on CUDA, else of this process."""
     if device.type == "cuda":
@@ -130,8 +125,9 @@ class Run:
             max_skipped_steps=train.max_skipped_steps, seed=train.seed,
             autocast_dtype=training_dtype(config, device), processes=self.processes,
         )  # fmt: skip
+        self.monitor: TrainingMonitor | None = None  # of the process that leads
         self.wants_to_stop = False  # of this process alone, until all know of it
-        self.saved_at, self.save_is_due = time.monotonic(), False
+        self.saved_at = time.monotonic()
         self.best_loss = math.inf  # validation loss of best.pt
         self.validated = (-1, math.inf)  # step and EMA loss of the last validation
         if saved is not None:
@@ -197,11 +193,11 @@ class Run:
         total = self.processes.sum(total).item()
         return None if math.isnan(total) else total
 
-    def log(self, monitor: TrainingMonitor | None) -> None:
+    def log(self) -> None:
         metrics, energy_joules = self.engine.take_metrics(), self.energy_joules()
-        if monitor is None:
+        if not self.monitor:
             return
-        step, loss = self.engine.step, metrics["loss"]
+        monitor, step, loss = self.monitor, self.engine.step, metrics["loss"]
         # Loss scaling skips steps by design, to find its scale.
         scaling = self.engine.scaler.is_enabled()
         if metrics["skipped_steps"] > self.reported_skips and not scaling:
@@ -215,7 +211,7 @@ class Run:
         for warning in self.loss_watch.warnings(metrics):
             monitor.warn(step, warning)
 
-    def validate(self, monitor: TrainingMonitor | None) -> None:
+    def validate(self) -> None:
         if not len(self.validation[1]):
             return  # a set too small to hold anything out
         x_start, labels = self.validation
@@ -229,46 +225,46 @@ class Run:
         if self.config.train.class_dropout_prob > 0:
             record["loss_null"] = loss_of(ema, torch.full_like(labels, ema.null_label))
         self.validated = (self.engine.step, record["loss_ema"])
-        if monitor is None:
+        if not self.monitor:
             return
         if self.config.mode == "full":  # the others memorise on purpose
             records = read_metrics(self.folder)
             train, validation = by_kind(records, "train", "validation")
             for finding in validation_findings(train, [*validation, record]):
-                monitor.warn(self.engine.step, finding)
-        monitor.record("validation", **record)
+                self.monitor.warn(self.engine.step, finding)
+        self.monitor.record("validation", **record)
 
-    def draw(self, monitor: TrainingMonitor | None) -> None:
+    def draw(self) -> None:
         rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
             images = self.sample(model, rows, grid=True)
-            if monitor is not None:
-                monitor.draw_samples(self.engine.step, name, to_arrays(images), CLASS_NAMES)
+            if self.monitor:
+                self.monitor.draw_samples(self.engine.step, name, to_arrays(images), CLASS_NAMES)
         # In the short runs young pictures say nothing.
-        if monitor is not None and self.config.mode == "full" and len(self.validation[0]):
+        if self.monitor and self.config.mode == "full" and len(self.validation[0]):
             for finding in picture_findings(images, self.validation[0]):  # of the EMA
-                monitor.warn(self.engine.step, finding)
+                self.monitor.warn(self.engine.step, finding)
 
     def lacks_grid(self) -> bool:
         """Whether a kill came between the checkpoint of this step and the grid due with it."""
         step = self.engine.step
-        due = step == self.engine.total_steps or step % self.config.train.sample_every == 0
+        due = self.engine.complete or step % self.config.train.sample_every == 0
         path = sample_path(self.folder, step, "ema")
         return self.processes.from_leader(lambda: due and step > 0 and not path.exists())
 
-    def draw_originals(self, monitor: TrainingMonitor) -> None:
+    def draw_originals(self) -> None:
         """The first training images of every class, to lie beside the samples."""
         train = self.splits["train"]
         rows = min(GRID_ROWS, int(train.labels.bincount().min()))
         first = train.first_per_class(rows)
         by_row = first.labels.argsort(stable=True).view(-1, rows).T.flatten()
         images = to_x_start(first.images[by_row], self.config.data.image_size)
-        monitor.draw_samples(0, "originals", to_arrays(images), CLASS_NAMES)
+        self.monitor.draw_samples(0, "originals", to_arrays(images), CLASS_NAMES)
 
     def save(self) -> None:
         """A checkpoint of this step; of a full run the best by validation loss is kept too."""
         state = self.engine.state_dict()
-        self.saved_at, self.save_is_due = time.monotonic(), False
+        self.saved_at = time.monotonic()
         step, loss = self.validated
         best = self.config.mode == "full" and step == self.engine.step and loss < self.best_loss
         if best:
@@ -292,60 +288,60 @@ class Run:
         """Size of a checkpoint, near enough: weights, EMA and AdamW's two moments."""
         return 4 * sum(parameter.nbytes for parameter in self.model.parameters())
 
-    def fit(self, monitor: TrainingMonitor | None) -> bool:
-        """Train to the end, a signal or the time limit; either way the last step is saved.
+    def train(self) -> bool:
+        """Train to the end, a signal or the time limit; returns whether the run is complete.
 
-        The monitor is that of the process that leads; the others have none.
+        Either way the last step is saved.
         """
-        train, engine = self.config.train, self.engine
+        train, engine, monitor = self.config.train, self.engine, self.monitor
         deadline = time.monotonic() + 3600 * (train.max_hours or math.inf)
 
-        def after_step() -> None:
-            if monitor is not None:
+        def due(steps: int) -> bool:
+            return engine.step % steps == 0 or engine.complete
+
+        if self.lacks_grid():
+            self.draw()
+        if not engine.complete:
+            first = next(self.batches.starting_at(engine.step))
+            if switched_on(train.compile, self.device):
+                compile_training(engine, first)
+            if self.processes.several and engine.network is engine.model:
+                engine.rehearse(*first)
+        save_is_due = False
+        for step in engine.train(self.batches.starting_at(engine.step)):
+            if monitor:
                 monitor.advance()
             now = time.monotonic()
             overdue = now > self.saved_at + 60 * train.save_minutes
             if overdue:
                 self.saved_at = now  # asking once is enough
             # Clocks and signals differ between processes; what follows from them must not.
-            engine.stop_requested, overdue = self.processes.agree(
-                self.wants_to_stop or now > deadline, overdue
-            )
-            self.save_is_due |= overdue
+            stop, overdue = self.processes.agree(self.wants_to_stop or now > deadline, overdue)
+            save_is_due |= overdue
 
-        def draw_curves() -> None:
-            if monitor is not None:
+            # The first step of all is logged at once; a resumed run keeps to the rhythm.
+            if step == 1 or due(train.log_every):
+                self.log()
+            if due(train.validate_every):
+                self.validate()
+            if save_is_due or due(train.save_every):
+                self.save()
+                save_is_due = False
+            # Drawing comes last: what takes time must not stand before a save.
+            if monitor and due(train.log_every) and (monitor.curves_are_old or engine.complete):
                 monitor.draw_curves()
-
-        if self.lacks_grid():
-            self.draw(monitor)
-        if engine.step < engine.total_steps:
-            first = next(self.batches.starting_at(engine.step))
-            if switched_on(train.compile, self.device):
-                compile_training(engine, first)
-            if self.processes.several and engine.network is engine.model:
-                engine.rehearse(*first)
-        save_due, log_due = every(train.save_every), every(train.log_every)
-        complete = engine.fit(
-            self.batches.starting_at(engine.step),
-            on_step=after_step,
-            periodic=[
-                # The first step of all is logged at once; a resumed run keeps to the rhythm.
-                (lambda step: step == 1 or log_due(step), lambda: self.log(monitor)),
-                (every(train.validate_every), lambda: self.validate(monitor)),
-                (lambda step: save_due(step) or self.save_is_due, self.save),
-                # Drawing comes last: what takes time must not stand before a save.
-                (lambda step: log_due(step) and monitor and monitor.curves_are_old, draw_curves),
-                (every(train.sample_every), lambda: self.draw(monitor)),
-            ],
-        )
+            if due(train.sample_every):
+                self.draw()
+            if stop:
+                break
         self.processes.answers()  # to the last step's wishes, which change nothing any more
-        if not complete:
+        if not engine.complete:
             self.save()
-            draw_curves()
-        if monitor is not None:
-            monitor.end("finished" if complete else "interrupted")
-        return complete
+            if monitor:
+                monitor.draw_curves()
+        if monitor:
+            monitor.end("finished" if engine.complete else "interrupted")
+        return engine.complete
 
     def verdict(self) -> bool:
         """Whether every class's samples reproduce one of its own training images.

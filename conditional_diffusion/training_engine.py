@@ -12,7 +12,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,6 @@ class TrainingEngine:
         self.autocast_dtype = autocast_dtype
         self.max_skipped_steps, self.micro_batches = max_skipped_steps, 1
         self.step = self.images_seen = 0
-        self.stop_requested = False
         self._draws: dict[tuple, tuple[Tensor, Tensor]] = {}  # of validations, by their shape
         # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
         self.optimizer = torch.optim.AdamW(
@@ -438,35 +437,25 @@ class TrainingEngine:
             self._draws[count, *shape] = draws
         return self._draws[count, *shape]
 
-    def fit(
-        self,
-        batches: Iterable[tuple[Tensor, Tensor]],
-        *,
-        on_step: Callable[[], None] = lambda: None,
-        periodic: Sequence[tuple[Callable[[int], bool], Callable[[], None]]] = (),
-    ) -> bool:
-        """Train until total_steps or until stop_requested; returns whether the run is complete.
+    @property
+    def complete(self) -> bool:
+        return self.step >= self.total_steps
 
-        stop_requested must be set in all processes after the same step.
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[int]:
+        """Train to total_steps, yielding the number of steps taken after each of them.
 
-        Args:
-            batches: (x_start, class_labels), the first one belonging to the current step.
-            on_step: called after every step.
-            periodic: (is it due after this step?, action) pairs, in order; all are due at the end.
+        Of several processes all must stop after the same step. The batches are (x_start,
+        class_labels), the first one belonging to the current step.
         """
         batches = iter(batches)
-        while self.step < self.total_steps and not self.stop_requested:
+        while not self.complete:
             began = time.perf_counter()
             x_start, class_labels = next(batches)
             waited = time.perf_counter()
             self.train_step(x_start, class_labels)
             self._data_seconds += waited - began
             self._seconds += time.perf_counter() - began
-            on_step()
-            for due, action in periodic:
-                if due(self.step) or self.step == self.total_steps:
-                    action()
-        return self.step >= self.total_steps
+            yield self.step
 
     def state_dict(self) -> dict:
         """Everything a later process needs to continue as if it were this one.

@@ -101,7 +101,7 @@ def test_optimizer_steps_at_the_scheduled_learning_rate(schedule):
         take_step()
 
     engine.optimizer.step = traced_step
-    engine.fit(endless(images(4)))
+    list(engine.train(endless(images(4))))
     assert applied == pytest.approx(LEARNING_RATES, rel=1e-6)
 
 
@@ -265,7 +265,7 @@ def test_one_batch_can_be_overfitted(schedule, tiny_model):
     labels = torch.arange(4)
     many = (x_start.repeat(8, 1, 1, 1), labels.repeat(8))  # 32 noise levels of the same pictures
     before = engine.validation_loss(model, *many, 32)
-    assert engine.fit(endless((x_start, labels)))
+    assert list(engine.train(endless((x_start, labels)))) == list(range(1, 121))
     # Measured 0.58; without learning it stays at 1.
     for trained in (model, engine.ema_model):
         assert engine.validation_loss(trained, *many, 32) < 0.75 * before
@@ -518,7 +518,7 @@ def test_five_steps_saved_and_five_more_are_ten_steps_bit_for_bit(schedule, tiny
 
     batches = [images(4, seed) for seed in range(10)]
     whole = new_engine(0)
-    assert whole.fit(batches)
+    list(whole.train(batches))
 
     first = new_engine(0)
     for batch in batches[:5]:
@@ -528,7 +528,7 @@ def test_five_steps_saved_and_five_more_are_ten_steps_bit_for_bit(schedule, tiny
     second = new_engine(1)  # its own weights must leave no trace
     second.load_state_dict(state)
     assert_identical(second.state_dict(), first.state_dict())
-    assert second.fit(batches[5:])
+    assert list(second.train(batches[5:])) == [6, 7, 8, 9, 10]
     assert (second.step, second.images_seen) == (10, 40)
     assert_identical(second.state_dict(), whole.state_dict())
 
@@ -658,37 +658,20 @@ def test_compiled_training_on_the_gpu_resumes_where_it_was(awake_model, schedule
     assert loss == pytest.approx(whole.take_metrics()["loss"], rel=1e-2)
 
 
-def test_fit_ends_at_total_steps_and_runs_what_is_due(schedule):
-    engine, log, taken = engine_for(Probe(), schedule(), total_steps=7), [], []
-    complete = engine.fit(
-        counted(images(2), taken),
-        on_step=lambda: log.append(("step", engine.step)),
-        periodic=[
-            (lambda step: step % 3 == 0, lambda: log.append(("thirds", engine.step))),
-            (lambda step: False, lambda: log.append(("end", engine.step))),
-        ],
-    )
-    assert complete and (engine.step, engine.images_seen, len(taken)) == (7, 14, 7)
-    assert log == [
-        ("step", 1), ("step", 2), ("step", 3), ("thirds", 3), ("step", 4), ("step", 5),
-        ("step", 6), ("thirds", 6), ("step", 7), ("thirds", 7), ("end", 7),
-    ]  # fmt: skip
-    # A finished run has nothing left to do.
-    assert engine.fit(counted(images(2), taken)) and len(taken) == 7
+def test_training_ends_at_total_steps(schedule):
+    engine, taken = engine_for(Probe(), schedule(), total_steps=7), []
+    steps = []
+    for step in engine.train(counted(images(2), taken)):
+        assert step == engine.step == len(taken) and engine.complete == (step == 7)
+        steps.append(step)
+    assert steps == [1, 2, 3, 4, 5, 6, 7] and engine.images_seen == 14
+    assert list(engine.train(counted(images(2), taken))) == [] and len(taken) == 7
 
 
-def test_fit_stops_after_the_step_in_which_a_stop_was_requested(schedule):
-    engine, actions, taken = engine_for(Probe(), schedule(), total_steps=7), [], []
-
-    def request_stop():
-        engine.stop_requested = engine.step == 3
-
-    complete = engine.fit(
-        counted(images(2), taken),
-        on_step=request_stop,
-        periodic=[(lambda step: step == 3, lambda: actions.append(engine.step))],
-    )
-    assert not complete and (engine.step, len(taken)) == (3, 3)
-    assert actions == [3]  # what that step made due still happens
-    engine.stop_requested = False
-    assert engine.fit(counted(images(2), taken)) and engine.step == 7
+def test_training_can_be_left_after_any_step(schedule):
+    engine, taken = engine_for(Probe(), schedule(), total_steps=7), []
+    for step in engine.train(counted(images(2), taken)):
+        if step == 3:
+            break
+    assert not engine.complete and (engine.step, len(taken)) == (3, 3)
+    assert list(engine.train(counted(images(2), taken))) == [4, 5, 6, 7]
