@@ -4,10 +4,20 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-# The interpreter that creates .venv and runs what needs no packages.
-BASE_PYTHON ?= python3
+
+VARIABLES := DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES SEED CLASSES SAMPLER STEPS GUIDANCE OUTPUT \
+  GRID TRAJECTORY PICTURES SWEEP GPUS NODES NODE_RANK RENDEZVOUS RESTARTS CHECKPOINT RUN DEVICE \
+  FRESH CONFIRM PYTHON BASE_PYTHON ARGS
+given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+unknown := $(filter-out $(VARIABLES),$(given))
+ifneq ($(unknown),)
+  $(error $(firstword $(unknown)) is no variable here; `make help` lists them)
+endif
+$(foreach name,FRESH GRID TRAJECTORY CONFIRM,$(if $(filter-out 1 yes true 0 no false,$($(name))),\
+  $(error $(name)=$($(name)) is neither 1 nor 0)))
 
 ifdef PYTHON
+  BASE_PYTHON ?= $(PYTHON)
   ENVIRONMENT := check-python
   EVALUATION_ENVIRONMENT := check-python
   TEST_ENVIRONMENT := check-python
@@ -17,28 +27,30 @@ else
   EVALUATION_ENVIRONMENT := .venv/.installed-eval
   TEST_ENVIRONMENT := .venv/.installed-dev
 endif
+# The interpreter that creates .venv and runs what needs no packages.
+BASE_PYTHON ?= python3
 
 # Variables become flags; a value may hold spaces. ARGS= hands on anything else.
 flag = $(if $(value $(1)),$(2) '$(subst ','\'',$(value $(1)))')
-LAUNCH = $(PYTHON) $(if $(GPUS)$(NODES)$(RESTARTS),launch.py \
+switch = $(if $(filter 1 yes true,$($(1))),$(2))
+LAUNCH = $(PYTHON) $(if $(GPUS)$(NODES)$(NODE_RANK)$(RENDEZVOUS)$(RESTARTS),launch.py \
   $(call flag,GPUS,--gpus) $(if $(GPUS)$(NODES),,--gpus 1) \
   $(call flag,NODES,--nodes) $(call flag,NODE_RANK,--node-rank) \
   $(call flag,RENDEZVOUS,--rendezvous) $(call flag,RESTARTS,--restarts))
 TRAIN_FLAGS = $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
   $(call flag,EPOCHS,--epochs) $(call flag,BATCH_SIZE,--batch-size) $(call flag,SEED,--seed) \
-  $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(if $(filter 1 yes true,$(FRESH)),--fresh) $(ARGS)
+  $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(call switch,FRESH,--fresh) $(ARGS)
 GENERATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,SAMPLES,--samples) \
   $(call flag,CLASSES,--classes) $(call flag,SAMPLER,--sampler) $(call flag,STEPS,--steps) \
   $(call flag,GUIDANCE,--guidance) $(call flag,SEED,--seed) $(call flag,BATCH_SIZE,--batch-size) \
   $(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) \
-  $(if $(filter 1 yes true,$(GRID)),--grid-only) \
-  $(if $(filter 1 yes true,$(TRAJECTORY)),--trajectory) $(ARGS)
+  $(call switch,GRID,--grid-only) $(call switch,TRAJECTORY,--trajectory) $(ARGS)
 EVALUATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,PICTURES,--pictures) \
   $(call flag,SAMPLES,--samples) $(call flag,SWEEP,--sweep) $(call flag,SAMPLER,--sampler) \
   $(call flag,GUIDANCE,--guidance) $(call flag,STEPS,--steps) $(call flag,SEED,--seed) \
   $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
-  $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
-CLEAN_FLAGS = $(if $(filter 1 yes true,$(CONFIRM)),--yes)
+  $(call flag,BATCH_SIZE,--batch-size) $(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) $(ARGS)
+CLEAN_FLAGS = $(call switch,CONFIRM,--yes)
 
 .PHONY: help install demo data train overfit test quick-test report generate evaluate status monitor \
   doctor gpu-status bench check clean clean-all clean-cuda check-python
@@ -58,7 +70,7 @@ install: $(ENVIRONMENT)  ## Create .venv and install requirements.txt; repeated:
 	@echo "ready: $(PYTHON)"
 
 demo: $(ENVIRONMENT)  ## The whole product on a laptop CPU, offline: train small, draw a grid
-	@$(PYTHON) train_model.py --demo $(TRAIN_FLAGS)
+	@$(LAUNCH) train_model.py --demo $(TRAIN_FLAGS)
 	@$(PYTHON) generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo \
 	  $(call flag,DEVICE,--device)
 	@echo "next: 'make overfit' checks the full model, 'make train' trains it, 'make help' lists more"
@@ -93,7 +105,7 @@ monitor:  ## Live view of the run and the GPU
 	@$(BASE_PYTHON) run_status.py monitor $(ARGS)
 
 doctor: $(ENVIRONMENT)  ## Whether training will work here: everything it needs, tried in small
-	@$(PYTHON) doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DEVICE,--device) $(ARGS)
+	@$(PYTHON) doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) $(call flag,DEVICE,--device) $(ARGS)
 
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
 	@$(PYTHON) gpu_status.py $(ARGS)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+import config as settings
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, UNet
+from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import keep_freed_memory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
@@ -102,6 +104,15 @@ def sampling_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 
 def precision_name(dtype: torch.dtype | None) -> str:
     return next(name for name, value in DTYPES.items() if value is dtype)
+
+
+def config_of(state: dict, where: object) -> Config:
+    """The config in a checkpoint's state; CheckpointError where this code has other settings."""
+    try:
+        return settings.from_dict(state["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"the settings of {where} are not those of this code ({error}); go "
+                              "back to the code that trained it, or train anew") from None
 
 
 def build_model(config: Config, device, num_classes: int = len(CLASS_NAMES)):

@@ -209,10 +209,13 @@ def locate(path: Path) -> tuple[str, int] | None:
     if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
         return None
     folders = [part.lower() for part in path.parts[:-1]]
-    labels = [LABELS[folder] for folder in folders if folder in LABELS]
+    named = [place for place, folder in enumerate(folders) if folder in LABELS]
+    if not named:
+        return None
+    label = LABELS[folders.pop(named[-1])]  # a class may have the name of a split
     splits = ["test" if folder in TEST_NAMES else folder
               for folder in folders if folder in (*SPLITS, *TEST_NAMES)]  # fmt: skip
-    return (splits[-1] if splits else "", labels[-1]) if labels else None
+    return splits[-1] if splits else "", label
 
 
 def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Picture]]:
@@ -267,7 +270,7 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         try:
             skipped = 0
             if archive:
-                write_arrays(read_published(archive), unfinished)
+                write_arrays(read_published(archive, data.image_size), unfinished)
             else:
                 splits = assign_splits(pictures, source)
                 skipped = write_pictures(splits, data, unfinished, progress)
@@ -303,8 +306,11 @@ def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_published(archive: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Arrays of the authors' archive, each member checked against its published checksum."""
+def read_published(archive: Path, image_size: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Arrays of the authors' archive, each member checked against its published checksum.
+
+    Enlarging waits for the device.
+    """
     from torchvision.datasets import CIFAR10
 
     splits = {}
@@ -317,7 +323,11 @@ def read_published(archive: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             batch = pickle.loads(content, encoding="latin1")  # known content: checksum verified
             images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
             labels.extend(batch["labels"])
-        splits[split] = (np.concatenate(images), np.asarray(labels, dtype=np.int64))
+        pixels = np.concatenate(images)
+        if image_size < pixels.shape[-1]:
+            pictures = (Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1))
+            pixels = np.stack([fitted(picture, image_size) for picture in pictures])
+        splits[split] = (pixels, np.asarray(labels, dtype=np.int64))
     return splits
 
 
@@ -328,13 +338,18 @@ def read_member(archive: Path, name: str) -> bytes:
         with tarfile.open(archive) as tar:
             return tar.extractfile(f"cifar-10-batches-py/{name}").read(LARGEST_FILE)
     except (OSError, KeyError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{archive}: cannot read {name} ({error}); fetch it again") from error
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{archive}: cannot read {name} ({reason}); fetch it again, or if it is "
+                        "another archive, unpack it and point DATA_DIR to the folder") from error
 
 
 def write_arrays(splits: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
     for split, (images, labels) in splits.items():
-        np.save(folder / f"{split}_images.npy", images)
-        np.save(folder / f"{split}_labels.npy", labels)
+        for name, array in (("images", images), ("labels", labels)):
+            with open(folder / f"{split}_{name}.npy", "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())  # before the folder gets the name of a complete one
 
 
 def write_pictures(
@@ -397,6 +412,11 @@ def decode(picture: Picture, side: int) -> np.ndarray | str:
         return f"{picture.name} (not a picture)"
     except UNREADABLE as error:
         return f"{picture.name} ({error})"
+    return fitted(rgb, side)
+
+
+def fitted(rgb: Image.Image, side: int) -> np.ndarray:
+    """The pixels (3, side, side) of its central square."""
     if rgb.size != (side, side):
         rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
     return np.asarray(rgb).transpose(2, 0, 1)

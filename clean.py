@@ -6,6 +6,7 @@ a run is alive. Downloads and pictures that the user put into data/ are never to
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from command_line import exit_with
 from gpu_status import format_processes, query_processes
+from run_status import is_alive
 from training_monitor import RUN_DIRECTORIES, RunInUse, read_json, refuse_second_run
 
 RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[0-9]*",
@@ -75,18 +77,18 @@ def is_leftover(pid: int) -> bool:
     except OSError:  # gone, or another user's
         return False
     ours = folder == Path.cwd() and any(Path(word).name in SCRIPTS for word in words)
-    return ours and "\nPPid:\t1\n" in status and pid not in live_runs()
+    live = [read_json(folder / "run.json").get("pid")
+            for folder in RUN_DIRECTORIES.values() if is_alive(folder)]  # fmt: skip
+    return ours and is_orphan(status) and pid not in live
 
 
-def live_runs() -> list[int | None]:
-    """Process numbers of the runs that are alive, None where one has not written it yet."""
-    pids = []
-    for folder in RUN_DIRECTORIES.values():
-        try:
-            refuse_second_run(folder)
-        except RunInUse:
-            pids.append(read_json(folder / "run.json").get("pid"))
-    return pids
+def is_orphan(status: str) -> bool:
+    """Whether init or a desktop session's systemd, which adopt what is left, is the parent."""
+    parent = re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1]
+    try:
+        return parent == "1" or Path(f"/proc/{parent}/comm").read_text() == "systemd\n"
+    except FileNotFoundError:  # it has just ended
+        return False
 
 
 def end(pid: int) -> None:

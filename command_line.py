@@ -191,7 +191,7 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
         from conditional_diffusion.processes import NoMeeting, loss_of_another
 
         if isinstance(error, NoMeeting):
-            return mistake(f"{error}; start the same command again on every machine")
+            return mistake(error)
         if reason := loss_of_another(error):
             print(f"lost the other processes: {reason}", file=sys.stderr)
             return LOST_STATUS

@@ -263,6 +263,12 @@ class Config:
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self):
+        names = [name.lower() for name in CLASS_NAMES]
+        require(
+            isinstance(CLASS_NAMES, tuple) and len(set(names)) == len(names) > 0
+            and not any(name in ("", ".", "..") or "/" in name for name in names),
+            f"CLASS_NAMES in config.py must be different names of folders, not {CLASS_NAMES!r}",
+        )
         multiple = self.model.patch_size * 2 ** (len(self.model.channel_mult) - 1)
         require(
             self.data.image_size % multiple == 0,
@@ -287,7 +293,7 @@ class Config:
         require(
             self.sample.guidance_scale == 1 or self.train.class_dropout_prob > 0,
             f"sample.guidance_scale {self.sample.guidance_scale} needs a trained null label "
-            "(train.class_dropout_prob above 0); without one use guidance 1",
+            "(train.class_dropout_prob above 0); without one set sample.guidance_scale to 1",
         )
 
 
@@ -295,6 +301,12 @@ SECTIONS = {f.name: f.type for f in fields(Config) if f.name != "mode"}
 OPTIONS = {
     f"{section}.{f.name}": f for section, kind in SECTIONS.items() for f in fields(kind)
 }  # "train.epochs" -> its dataclass field
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple]:
+    """{"train.epochs": (100, 3), ...}: the settings in which they differ, old and new."""
+    before, after = flatten(old), flatten(new)
+    return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
 
 def full() -> Config:
@@ -365,7 +377,9 @@ def flatten(config: Config) -> dict[str, object]:
 
 
 def from_dict(plain: dict) -> Config:
-    """Inverse of to_dict; an unknown key or a value of the wrong type is a ConfigError."""
+    """Inverse of to_dict; ConfigError for a missing section, unknown key or value of wrong type."""
+    missing = {"mode", *SECTIONS} - plain.keys()
+    require(not missing, f"{', '.join(sorted(missing))} missing")
     overrides = {
         f"{section}.{key}": value for section in SECTIONS for key, value in plain[section].items()
     }

@@ -77,13 +77,16 @@ def draw_pictograms(data: DataConfig, seed: int) -> dict[str, Split]:
 
 
 def load_prepared(folder: Path) -> dict[str, Split]:
-    return {
-        split: Split(
-            torch.from_numpy(np.load(folder / f"{split}_images.npy")),
-            torch.from_numpy(np.load(folder / f"{split}_labels.npy")),
-        )
-        for split in SPLITS
-    }
+    def load(name: str) -> Tensor:
+        try:
+            return torch.from_numpy(np.load(folder / f"{name}.npy"))
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                f"{folder}/{name}.npy is damaged ({error}); remove {folder}, and the next run "
+                "prepares it anew"
+            ) from error
+
+    return {split: Split(load(f"{split}_images"), load(f"{split}_labels")) for split in SPLITS}
 
 
 def spread(count: int, total: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Pictures from a checkpoint: what drawing them and scoring them share."""
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,18 @@ import torch
 from torch import Tensor
 
 import config as settings
-from build import build_model, build_sampler, choose_device, precision_name
-from conditional_diffusion.checkpoint import CheckpointError, load_checkpoint, load_newest
+from build import build_model, build_sampler, choose_device, config_of, precision_name
+from conditional_diffusion.checkpoint import (
+    BEST,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    require_weights,
+)
 from conditional_diffusion.memory import fitting_batch_size
 from conditional_diffusion.processes import Processes
-from config import Config
+from config import Config, ConfigError
 from training_monitor import RUN_DIRECTORIES, say
 
 AT_ONCE = 512  # pictures held as float32, 0.2 MB each at 128x128
@@ -25,10 +33,13 @@ def open_checkpoint(name: str | None) -> tuple[Path, dict]:
     name: a checkpoint file or a run directory. The state also gets the file's "hash", for processes
     that do not see the file.
     """
-    folders = [Path(name)] if name and Path(name).is_dir() else list(RUN_DIRECTORIES.values())
-    if name and not Path(name).is_dir():
-        found = Path(name), load_checkpoint(Path(name))
+    asked = Path(name).expanduser() if name else None
+    if asked and asked.is_dir() and not list_checkpoints(asked) and (asked / BEST).exists():
+        asked /= BEST  # all that was kept of a run
+    if asked and not asked.is_dir():
+        found = asked, load_checkpoint(asked)
     else:
+        folders = [asked] if asked else list(RUN_DIRECTORIES.values())
         found = load_newest(folders, warn=say)
     if found is None:
         searched = ", ".join(f"{folder}/" for folder in folders)
@@ -37,6 +48,16 @@ def open_checkpoint(name: str | None) -> tuple[Path, dict]:
         )
     path, state = found
     return path, state | {"hash": file_hash(path)}
+
+
+def usable_folder(name: str | Path) -> Path:
+    """The output folder, created if need be and tried before anything is drawn."""
+    folder = Path(name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 def open_drawing(
@@ -53,7 +74,7 @@ def open_drawing(
     """
     processes, overrides = processes or Processes(), overrides or {}
     path, state = processes.from_leader(lambda: open_checkpoint(name))
-    config = settings.from_dict(state["config"])
+    config = config_of(state, path)
     if quick:
         sampler, steps = config.sample.grid_sampler, config.sample.grid_steps
         overrides = {"sample.sampler": sampler, "sample.num_inference_steps": steps, **overrides}
@@ -84,7 +105,9 @@ class Drawing:
         self.path, self.step, self.images_seen = path, state["step"], state["images_seen"]
         self.hash, self.class_names = state["hash"], tuple(state["class_names"])
         self.model, self.scheduler = build_model(config, device, len(self.class_names))
-        self.model.load_state_dict(state["model" if raw else "ema"])
+        weights = state["model" if raw else "ema"]
+        require_weights(path, weights, self.model)
+        self.model.load_state_dict(weights)
         self.configure(config)
         self.batch_size = batch_size or self.fitting_batch_size()
 

@@ -33,7 +33,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
 from data import Split, load_splits, to_images
-from drawing import Drawing, open_drawing
+from drawing import Drawing, open_drawing, usable_folder
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
 from training_monitor import append_record, labelled_grid, progress, save_image, say
@@ -226,14 +226,17 @@ class Report:
 
 
 def score_folder(args, overrides: dict) -> Path:
-    folder = Path(args.pictures)
-    if args.sweep:
-        raise ConfigError("--sweep draws pictures anew; it needs a checkpoint, not --pictures")
+    folder = Path(args.pictures).expanduser()
+    drawing = {"CHECKPOINT": args.checkpoint, "--samples": args.samples, "--sweep": args.sweep,
+               "--raw": args.raw, **{f"--{name}": value for name, value in overrides.items()
+                                     if name.startswith("sample.")}}  # fmt: skip
+    if given := [name for name, value in drawing.items() if value]:
+        raise ConfigError(f"{', '.join(given)} would draw pictures, for which there is no need "
+                          "with --pictures; leave it out")  # fmt: skip
     if join_processes().several:
         raise ConfigError("scoring a folder takes one process; leave --gpus (make: GPUS=) out")
     pictures = read_folder(folder)
-    output = Path(args.output or folder / "evaluation")
-    output.mkdir(parents=True, exist_ok=True)
+    output = usable_folder(args.output or folder / "evaluation")
     config = settings.apply_overrides(settings.full(), overrides)
     report = Report(args, config, pictures.images.shape[-1], output)
     say(f"scoring {len(pictures.images)} pictures in {folder}")
@@ -243,6 +246,8 @@ def score_folder(args, overrides: dict) -> Path:
 
 def score_checkpoint(args, overrides: dict) -> Path:
     scales = parse_scales(args.sweep) if args.sweep else []
+    if scales and "sample.guidance_scale" in overrides:
+        raise ConfigError("--sweep and --guidance exclude each other")
     processes = join_processes()
     drawing = open_drawing(args.checkpoint, overrides, raw=args.raw, quick=True,
                            processes=processes)  # fmt: skip
@@ -254,8 +259,7 @@ def score_checkpoint(args, overrides: dict) -> Path:
     per_class = parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
     seed = parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
-    output = Path(args.output or drawing.path.parent / "evaluation")
-    output.mkdir(parents=True, exist_ok=True)
+    output = usable_folder(args.output or drawing.path.parent / "evaluation")
     report = Report(args, config, drawing.size, output) if processes.leads else None
     for config in configs or [config]:
         drawing.configure(config)

@@ -8,7 +8,6 @@ memory.
 """
 
 import json
-import tempfile
 from itertools import count, product
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import ConfigError
 from data import to_arrays
-from drawing import open_drawing
+from drawing import open_drawing, usable_folder
 from training_monitor import (
     evenly,
     labelled_grid,
@@ -70,16 +69,6 @@ def parse_seeds(first: str, samples: str) -> list[int]:
                           f"ones in another call, with --seed {MOST_SAMPLES}")  # fmt: skip
     seed = parse_seed(first, rows)
     return list(range(seed, seed + rows))
-
-
-def usable_folder(name: str) -> Path:
-    """The output folder, created if need be and tried before anything is drawn."""
-    folder = Path(name)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-    return folder
 
 
 def set_aside(output: Path, class_names: tuple[str, ...]) -> None:

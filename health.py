@@ -1,5 +1,6 @@
 """What losses and pictures of a run say about its health, in sentences with a cure."""
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,11 @@ GRADIENT = 5.0  # times the median gradient norm of the records before
 FLAT = 0.02  # standard deviation of a picture's pixels in [-1, 1], mean of its channels
 DRIFT = 0.3  # difference of the means of a colour channel in [-1, 1]
 COLOURS = ("red", "green", "blue")
+
+
+def lowest(records: Sequence[dict], key: str) -> dict:
+    """The record with the lowest loss of this name; of a diverged run some are NaN."""
+    return min(records, key=lambda record: (math.isnan(record[key]), record[key]))
 
 
 class LossWatch:
@@ -113,7 +119,7 @@ def validation_findings(train: Sequence[dict], validation: Sequence[dict]) -> li
             f"{last['loss_ema']:.4g} with the labels), and guidance draws on it; raise "
             "train.class_dropout_prob"
         )
-    best = min(validation, key=lambda record: record["loss"])
+    best = lowest(validation, "loss")
     recent = [record["loss"] for record in train[-RECENT:]]
     at_best = [record["loss"] for record in train if record["step"] <= best["step"]][-RECENT:]
     if recent and at_best and last["loss"] > RISE * best["loss"]:

@@ -7,11 +7,12 @@ from config import ConfigError
 from training_monitor import progress, say
 
 USER_ERRORS = (ConfigError, DataError)
+PREPARATION_SETTINGS = ("data.data_dir", "data.image_size", "data.skip_unreadable")
 
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    add_config_flags(parser, ("data",))
+    add_config_flags(parser, ("data",), only=PREPARATION_SETTINGS)
     config = settings.apply_overrides(settings.full(), config_overrides(parser.parse_args()))
     prepare(config.data, progress=progress, say=say)
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import config as settings
 from command_line import exit_with
-from health import quarter_words, verdict
+from health import lowest, quarter_words, verdict
 from run_status import energy_text, read_facts
 from training_monitor import (
     RUN_DIRECTORIES,
@@ -54,17 +54,22 @@ def grid_files(folder: Path) -> list[tuple[int, Path]]:
     return [(int(path.name.split("_")[1]), path) for path in evenly(paths, MOST_GRIDS)]
 
 
+def reduced(path: Path):
+    """A picture of at most GRID_WIDTH pixels."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    image.thumbnail((GRID_WIDTH, 10 * GRID_WIDTH))
+    return image
+
+
 def embedded(path: Path, kind: str) -> str:
     """A picture as a data URL: "png" as it is, "jpeg" reduced to GRID_WIDTH."""
     content = path.read_bytes()
     if kind == "jpeg":
-        from PIL import Image
-
-        with Image.open(io.BytesIO(content)) as image:
-            image = image.convert("RGB")
-        image.thumbnail((GRID_WIDTH, 10 * GRID_WIDTH))
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=QUALITY)
+        reduced(path).save(buffer, "JPEG", quality=QUALITY)
         content = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -118,7 +123,7 @@ def facts_section(folder: Path, run: dict, train: list[dict], validation: list[d
         if "warnings" in validation[-1]:
             rows.append(("health", f"{verdict(validation[-1]['warnings'])}, at step "
                          f"{validation[-1]['step']}"))  # fmt: skip
-        best = min(validation, key=lambda record: record["loss_ema"])
+        best = lowest(validation, "loss_ema")
         rows.append(("validation loss", f"{validation[-1]['loss']:.4g}, EMA "
                      f"{validation[-1]['loss_ema']:.4g}; best EMA {best['loss_ema']:.4g} at step "
                      f"{best['step']}"))  # fmt: skip
@@ -162,14 +167,14 @@ def scores_section(folder: Path) -> str:
         return "<p>Not evaluated yet: <code>make evaluate</code></p>"
     rows = [("step", "sampler", "guidance", "n", "agreement", "Frechet distance", "FID")]
     for record in records:
-        agreement = record.get("agreement")
+        agreement, fid = record.get("agreement"), record.get("inception", {}).get("fid")
         distance, floor = (record.get(f"frechet_distance{end}") for end in ("", "_floor"))
         rows.append((
             record.get("step", ""), f"{record.get('sampler', '')}, "
             f"{record.get('num_inference_steps', '')} steps", record.get("guidance_scale", ""),
             record.get("n", ""), "" if agreement is None else f"{agreement:.1%}",
             "" if distance is None else f"{distance:.4g} (held-out {floor:.4g})",
-            record.get("inception", {}).get("fid", ""),
+            "" if fid is None else f"{fid:.4g}",
         ))  # fmt: skip
     return table(rows)
 
@@ -205,20 +210,10 @@ def write_report(folder: Path) -> Path:
     with replacing(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     if len(grids) > 1:
-        write_animation(grids, folder / "samples.gif")
+        steps = ", ".join(str(step) for step, _ in grids)
+        save_animation([reduced(file) for _, file in grids], folder / "samples.gif",
+                       f"EMA samples of the same seeds at steps {steps}")  # fmt: skip
     return path
-
-
-def write_animation(grids: list[tuple[int, Path]], path: Path) -> None:
-    from PIL import Image
-
-    frames = []
-    for _, file in grids:
-        with Image.open(file) as image:
-            frames.append(image.convert("RGB"))
-        frames[-1].thumbnail((GRID_WIDTH, 10 * GRID_WIDTH))
-    steps = ", ".join(str(step) for step, _ in grids)
-    save_animation(frames, path, f"EMA samples of the same seeds at steps {steps}")
 
 
 def main() -> int:

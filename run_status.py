@@ -13,8 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import exit_with
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
-from health import quarter_words, verdict
+from health import lowest, quarter_words, verdict
 from training_monitor import (
     RUN_DIRECTORIES,
     by_kind,
@@ -117,10 +118,10 @@ def progress_text(run: Run) -> str:
 
 
 def loss_text(records: list[dict], key: str) -> str:
-    """The last and the lowest loss, aligned; of a diverged run some are NaN."""
+    """The last and the lowest loss, aligned."""
     if not records:
         return "none yet"
-    best = min(records, key=lambda record: (math.isnan(record[key]), record[key]))
+    best = lowest(records, key)
     return f"last {records[-1][key]:<10.4g} best {best[key]:<10.4g} at step {best['step']}"
 
 
@@ -312,4 +313,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    main()
+    exit_with(main, ())

@@ -7,17 +7,19 @@ A run that was interrupted continues when the same command is run again.
 """
 
 import json
+import math
 import os
 import shlex
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import config as settings
-from build import choose_device, machine_name, precision_name
+from build import choose_device, config_of, machine_name, precision_name
 from cifar10 import DataError
 from command_line import (
     CLEARED,
@@ -53,8 +55,11 @@ from training_monitor import (
 )
 from training_run import Run
 
+FIXED = ("model.", "diffusion.", "data.", "train.seed", "train.batch_size")  # for a whole run
 TIME_LIMIT_STATUS = 75  # "try again later" of sysexits.h, for schedulers that requeue
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# make, launchers and schedulers hand on a signal that the process may have got by itself already.
+SAME_REQUEST_SECONDS = 2
 USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory, RunInUse, TrainingDiverged)
 
 
@@ -82,7 +87,8 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     """The preset, or the config of the run to continue, plus overrides.
 
     Raises ConfigError, listing the settings, where an override would make another model of the
-    saved run: its model, diffusion and data sections and its seed are fixed.
+    saved run or another length: its model, diffusion and data sections, its seed and its batch
+    size are fixed.
     """
     preset = settings.PRESETS[mode]()
     if saved is None:
@@ -94,14 +100,12 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     session = {"train.device": preset.train.device, "train.max_hours": preset.train.max_hours}
     config = settings.apply_overrides(saved, session | overrides)
     free = {"data.data_dir", "data.skip_unreadable"}  # may change without changing the model
-    ours, theirs = settings.flatten(config), settings.flatten(saved)
-    conflicts = [
-        name for name in overrides
-        if name.split(".")[0] in ("model", "diffusion", "data") or name == "train.seed"
-    ]  # fmt: skip
-    conflicts = [name for name in conflicts if name not in free and ours[name] != theirs[name]]
+    conflicts = {
+        name: values for name, values in settings.differences(saved, config).items()
+        if name.startswith(FIXED) and name not in free
+    }  # fmt: skip
     if conflicts:
-        listed = ", ".join(f"{name} {theirs[name]} (now {ours[name]})" for name in conflicts)
+        listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in conflicts.items())
         raise ConfigError(
             f"the run in {RUN_DIRECTORIES[mode]} was started with {listed}; drop the change to "
             "continue it, or start anew with --fresh (make: FRESH=1)"
@@ -111,10 +115,9 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
 
 def changes(config: Config, saved: Config) -> str:
     """What a continued run does differently from here on, to be added to a sentence."""
-    ours, theirs = settings.flatten(config), settings.flatten(saved)
-    changed = [f"{name} {ours[name]} (was {theirs[name]})" for name in ours
-               if ours[name] != theirs[name]]  # fmt: skip
-    return ", now with " + ", ".join(changed) if changed else ""
+    changed = settings.differences(saved, config)
+    listed = ", ".join(f"{name} {new} (was {old})" for name, (old, new) in changed.items())
+    return f", now with {listed}" if listed else ""
 
 
 def load_data(config: Config, may_fall_back: bool):
@@ -123,7 +126,7 @@ def load_data(config: Config, may_fall_back: bool):
     try:
         return config, load_splits(config.data, **arguments)
     except DataError as error:
-        if config.mode == "full" or not may_fall_back or config.data.data_dir:
+        if config.mode in ("full", "demo") or not may_fall_back or config.data.data_dir:
             raise
         say(str(error))
         say("falling back to the built-in pictograms")
@@ -141,7 +144,8 @@ def newest_checkpoint(mode: str, folder: Path) -> dict | None:
     found = load_newest([folder], warn=say)
     if found is None and list_checkpoints(folder):
         raise CheckpointError(
-            f"no checkpoint in {folder} can be read; start anew with --fresh (make: FRESH=1)"
+            f"no checkpoint in {folder} can be read, for the reasons above; mend that, or start "
+            "anew with --fresh (make: FRESH=1)"
         )
     state = found[1] if found else None
     if state and state["config"]["mode"] != mode:
@@ -187,15 +191,20 @@ def has_cleared_away() -> bool:
 
 @contextmanager
 def stopping_on_signals(run: Run):
-    """The first SIGINT or SIGTERM ends the run after its current step; a second one at once.
+    """The first SIGINT or SIGTERM ends the run after its current step; a later one at once.
 
     Yields the list in which the signal will be noted.
     """
     received: list[int] = []
+    asked_at = -math.inf
 
     def request_stop(number, frame):
+        nonlocal asked_at
+        if time.monotonic() < asked_at + SAME_REQUEST_SECONDS:
+            return
         if received:
             raise KeyboardInterrupt
+        asked_at = time.monotonic()
         received.append(number)
         run.wants_to_stop = True
         say("stopping after this step; the run will be saved (once more: stop at once)")
@@ -255,7 +264,7 @@ def main() -> int:
         return None if fresh else newest_checkpoint(args.mode, folder)
 
     saved = processes.from_leader(run_to_continue)
-    saved_config = settings.from_dict(saved["config"]) if saved else None
+    saved_config = config_of(saved, f"the run in {folder}") if saved else None
     config = resolve_config(args.mode, overrides, saved_config)
     device = choose_device(config, processes)
     may_fall_back = saved is None and "data.dataset" not in overrides

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -71,21 +71,19 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """Its content; nothing where the file is missing, damaged or something else."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(errors="replace"))
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a JSON Lines file; a last line cut short by a killed process is left out."""
+    """The records of a JSON Lines file; what is none, as a line that was cut short, is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def append_record(path: Path, record: dict) -> None:
@@ -99,7 +97,8 @@ def append_record(path: Path, record: dict) -> None:
 
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run's metrics.jsonl."""
-    return read_records(Path(folder) / "metrics.jsonl")
+    records = read_records(Path(folder) / "metrics.jsonl")
+    return [record for record in records if record.keys() >= {"kind", "step"}]
 
 
 def by_kind(records: Sequence[dict], *kinds: str) -> list[list[dict]]:

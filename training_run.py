@@ -14,6 +14,7 @@ from torch import Tensor
 import config as settings
 from build import build_model, build_sampler, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
+from conditional_diffusion.checkpoint import require_weights
 from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
@@ -131,6 +132,7 @@ class Run:
         self.best_loss = math.inf  # validation loss of best.pt
         self.validated = (-1, math.inf)  # step and EMA loss of the last validation
         if saved is not None:
+            require_weights(f"the run in {folder}", saved["model"], self.model)
             self.engine.load_state_dict(saved)
             self.best_loss = saved["best_loss"]
         on_cuda = device.type == "cuda"
@@ -155,7 +157,11 @@ class Run:
             self.model.zero_grad()
 
         images = len(self.splits["train"]) * config.data.repeats
+        # In the place of average and moments, which come after it.
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        held = torch.empty(3 * weights, dtype=torch.uint8, device=device)
         fitting = fitting_batch_size(trial, size**2, device, LARGEST_TRAINING_BATCH)
+        del held
         fitting = self.processes.extreme(fitting, largest=False) * self.processes.world_size
         fitting = min(fitting, LARGEST_TRAINING_BATCH)
         batch_size = min(images, fitting - fitting % 8 if fitting >= 8 else fitting)

@@ -184,9 +184,20 @@ def require_classes(path: Path, trained: Sequence[str], class_names: Sequence[st
     """Raise CheckpointError unless a checkpoint's classes are those of these names."""
     if list(class_names) != list(trained):
         raise CheckpointError(
-            f"{path} was trained on the classes {', '.join(trained)}, which CLASS_NAMES in "
-            "config.py no longer lists; restore them there, or train anew with --fresh "
+            f"{path} was trained on the classes {', '.join(trained)}, in this order, but "
+            "CLASS_NAMES in config.py is another list; restore it, or train anew with --fresh "
             "(make train FRESH=1)"
+        )
+
+
+def require_weights(where: object, weights: dict, model: torch.nn.Module) -> None:
+    """Raise CheckpointError unless these weights are those of such a model."""
+    found, expected = ({name: tuple(value.shape) for name, value in values.items()}
+                       for values in (weights, model.state_dict()))  # fmt: skip
+    if different := dict(expected.items() ^ found.items()):
+        raise CheckpointError(
+            f"{where} holds another network than this code builds (they differ in "
+            f"{min(different)}); go back to the code that trained it, or train anew"
         )
 
 

@@ -25,6 +25,7 @@ Value = TypeVar("Value")
 # one prepares the data or trains a classifier; a process that dies is noticed at once.
 TIMEOUT = timedelta(minutes=60)
 MEETING = timedelta(minutes=10)  # for all to start
+START_AGAIN = "start the same command again on every machine"
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
@@ -136,6 +137,10 @@ def join() -> Processes:
     )
     if world_size == 1:
         return Processes()
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise NoMeeting(f"WORLD_SIZE is {world_size} in the environment, but {min(missing)} is not "
+                        "set: unset it for one process, or start several with GPUS=")  # fmt: skip
     on_cuda = torch.cuda.is_available()
     options = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -153,7 +158,7 @@ def launchers_store(world_size: int) -> dist.Store:
     try:
         return dist.TCPStore(host, port, world_size, is_master=False, timeout=MEETING)
     except dist.DistNetworkError:
-        raise NoMeeting(f"nobody answers at {host}:{port}") from None
+        raise NoMeeting(f"nobody answers at {host}:{port}; {START_AGAIN}") from None
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -168,7 +173,8 @@ def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
         store.wait([f"process_{other}" for other in range(world_size)], MEETING)
     except dist.DistStoreError:
         raise NoMeeting(
-            f"not all {world_size} processes came within {MEETING.total_seconds():g} seconds"
+            f"not all {world_size} processes came within {MEETING.total_seconds():g} seconds; "
+            + START_AGAIN
         ) from None
     store.set_timeout(TIMEOUT)
     return store

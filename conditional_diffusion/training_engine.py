@@ -246,7 +246,7 @@ class TrainingEngine:
                 # The others are already waiting for the gradients of the whole share.
                 raise OutOfMemory(
                     f"out of memory at step {self.step} in process {self.processes.rank} of "
-                    f"{self.processes.world_size}; continue with a smaller train.batch_size"
+                    f"{self.processes.world_size}; end what else uses its device, then run again"
                 )
             self.optimizer.zero_grad()
             self._split_further(len(x_start))

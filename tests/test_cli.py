@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,43 @@ def test_resume_refuses_what_would_be_another_model(call):
     assert status == 1
     assert_one_sentence(said, "model.base_channels 16 (now 32)", "--fresh")
     assert_one_sentence(call(train_model, "--full", "--seed", 1)[1], "train.seed 0 (now 1)")
+    said = call(train_model, "--full", "--batch-size", 5)[1]  # would give it another length
+    assert_one_sentence(said, "train.batch_size 128 (now 5)")
+
+
+def test_a_checkpoint_of_other_code_is_refused_with_its_name(call, monkeypatch):
+    call(train_model, "--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1)
+    path = Path("checkpoints/checkpoint_00000001.pt")
+    content = path.read_bytes()
+    for change, words in (
+        (lambda s: s["config"]["train"].update(momentum=0.9), ["settings", "train.momentum"]),
+        (lambda s: s["config"].pop("sample"), ["settings", "sample missing"]),
+        (lambda s: [s[part].pop("stem.bias") for part in ("model", "ema")],
+         ["another network", "differ in stem.bias"]),
+    ):  # fmt: skip
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+        for script, where in ((train_model, "the run in checkpoints"), (generate_samples, path)):
+            arguments = ["--full", "--epochs", 2] if script is train_model else []
+            status, said = call(script, *arguments)
+            assert status == 1
+            assert_one_sentence(said, str(where), *words)
+        path.write_bytes(content)
+
+
+def test_one_request_to_stop_may_come_twice(monkeypatch):
+    """make, launchers and schedulers hand on what the process has got already."""
+    run, now = SimpleNamespace(wants_to_stop=False), [100.0]
+    monkeypatch.setattr(train_model.time, "monotonic", lambda: now[0])
+    with train_model.stopping_on_signals(run) as received:
+        for seconds in (0, 0.01, 1.9):
+            now[0] = 100 + seconds
+            signal.raise_signal(signal.SIGTERM)
+            assert run.wants_to_stop and received == [signal.SIGTERM]
+        now[0] = 102.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_plain_command_continues_with_the_settings_of_the_run(call):
@@ -357,6 +395,11 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
     assert_one_sentence(said, "Three ways")
     status, said = call(train_model, "--quick-test", *TINY_FLAGS)
     assert status == 0 and "falling back to the built-in pictograms" in said
+    monkeypatch.setattr("data.CLASS_NAMES", CLASS_NAMES[1:])
+    status, said = call(train_model, "--demo", *TINY_FLAGS)
+    assert status == 1, "there is nothing else to fall back to"
+    assert_one_sentence(said, "pictograms show 10 classes")
+    monkeypatch.undo()
     status, said = call(train_model, "--quick-test", *TINY_FLAGS, "--dataset", "cifar10")
     assert status == 1, "what was asked for is not replaced"
 

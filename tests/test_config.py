@@ -94,6 +94,21 @@ def test_from_dict_refuses_unknown_keys_and_types():
         settings.from_dict(plain)
 
 
+@pytest.mark.parametrize("part", ["mode", "sample"])
+def test_from_dict_names_what_is_missing(part):
+    plain = settings.to_dict(Config())
+    del plain[part]
+    with pytest.raises(ConfigError, match=f"{part} missing"):
+        settings.from_dict(plain)
+
+
+@pytest.mark.parametrize("names", ["cat", (), ("cat", "Cat"), ("", "dog"), ("pick/up",), ("..",)])
+def test_class_names_must_be_different_names_of_folders(monkeypatch, names):
+    monkeypatch.setattr(settings, "CLASS_NAMES", names)
+    with pytest.raises(ConfigError, match="CLASS_NAMES in config.py"):
+        settings.full()
+
+
 def test_every_setting_explains_itself():
     for section in (DataConfig, TrainConfig):
         assert all(len(field.metadata["help"]) > 10 for field in fields(section))

@@ -155,6 +155,16 @@ def test_prepared_once_and_again_when_the_source_changes(tmp_path, monkeypatch):
     assert len(load(data_dir=str(source))[0]["train"]) == 31
 
 
+@pytest.mark.parametrize("left", [0, 1000, None])
+def test_prepared_data_that_were_damaged_are_named(tmp_path, left):
+    source = write_tree(tmp_path / "pictures", class_tree())
+    load(data_dir=str(source))
+    (array,) = (tmp_path / "data" / "prepared").glob("*/train_images.npy")
+    array.unlink() if left is None else os.truncate(array, left)
+    with pytest.raises(DataError, match=f"{array.name} is damaged .*remove .*{array.parent.name}"):
+        load(data_dir=str(source))
+
+
 def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
     source = write_tree(tmp_path / "pictures", class_tree())
     with monkeypatch.context() as patch:
@@ -373,6 +383,26 @@ def test_published_archive_and_its_folder(published, form):
     np.testing.assert_array_equal(splits["test"].images, pixels[5].reshape(20, 3, 32, 32))
 
 
+def test_published_pictures_larger_than_the_model_are_reduced_by_lanczos(published):
+    archive, pixels = published
+    splits, _ = load(data_dir=str(archive), image_size=16)
+    picture = Image.fromarray(pixels[5, 0].reshape(3, 32, 32).transpose(1, 2, 0))
+    small = np.asarray(picture.resize((16, 16), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(splits["test"].images[0], small)
+
+
+def test_another_archive_is_refused_in_one_line(published):
+    archive, _ = published
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(Path(__file__), "cat/1.png")
+    with pytest.raises(DataError, match="cannot read data_batch_1 .*unpack it and point DATA_DIR"):
+        load(data_dir=str(archive))
+    archive.write_text("no archive at all")
+    with pytest.raises(DataError, match="cannot read data_batch_1") as caught:
+        load(data_dir=str(archive))
+    assert "\n" not in str(caught.value)
+
+
 def test_damaged_archive_is_refused(published):
     archive, _ = published
     batch = archive.parent / "cifar-10-batches-py" / "data_batch_3"
@@ -567,6 +597,18 @@ def test_real_cifar10():
     torch.testing.assert_close(
         means, torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64), rtol=0, atol=1e-4
     )
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path, monkeypatch):
+    names = ("train", "val")
+    for module in (cifar10, data):
+        monkeypatch.setattr(module, "CLASS_NAMES", names)
+    monkeypatch.setattr(cifar10, "LABELS", cifar10.folder_labels(names))
+    files = {f"{split}/{name}/{n}.png": png((n, 9, 9)) for split, count in
+             (("train", 3), ("test", 2)) for name in names for n in range(count)}  # fmt: skip
+    splits, _ = load(data_dir=str(write_tree(tmp_path / "vehicles", files)))
+    assert splits["train"].labels.tolist() == 3 * [0] + 3 * [1]
+    assert splits["test"].labels.tolist() == 2 * [0] + 2 * [1]
 
 
 def test_other_classes_need_pictures_of_their_own(tmp_path, published, monkeypatch):

@@ -216,7 +216,9 @@ def test_a_checkpoint_of_other_classes_is_refused(call, monkeypatch):
         (["--sampler", "ddmp"], "ddpm"),
         (["--steps", "51"], "exceeds the 50"),
         (["--pictures", "absent"], "no folder"),
-        (["--pictures", "absent", "--sweep", "1,2"], "needs a checkpoint"),
+        (["--pictures", "absent", "--sweep", "1,2"], "--sweep would draw pictures"),
+        (["--pictures", "absent", "--guidance", "3"], "--sample.guidance_scale would draw"),
+        (["--sweep", "1,2", "--guidance", "3"], "exclude each other"),
         (["--seed", str(2**63 - 5)], "--seed"),
         (["--device", "warp"], "warp"),
         (["--data.image_size", "32"], "unknown argument"),
@@ -228,6 +230,14 @@ def test_bad_input_is_one_sentence(call, arguments, word):
     status, said = call(evaluate_samples, *arguments, "--no-inception")
     assert status != 0
     assert_one_sentence(said, word)
+
+
+def test_a_place_that_takes_no_scores_is_found_out_before_drawing(call):
+    call(train_model, *FULL)
+    Path("taken").write_text("a file")
+    status, said = call(evaluate_samples, "--output", "taken", "--no-inception")
+    assert status == 1
+    assert_one_sentence(said, "--output taken is a file; name a folder")
 
 
 def test_no_checkpoint_is_one_sentence(call):

@@ -1,6 +1,7 @@
 """Pictures as a user draws them: files, facts, batches that fit, trajectories, bad input."""
 
 import json
+import os
 import textwrap
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def test_pictures_in_python_as_readme_shows_them():
     assert names["drawing"].config.sample.guidance_scale == 3
     again = drawing.open_drawing("checkpoints", {"sample.guidance_scale": 3})
     torch.testing.assert_close(again.draw(torch.tensor([5]), [1]), names["pictures"][1:])
+
+
+def test_best_is_drawn_from_where_nothing_else_was_kept(monkeypatch):
+    path = make_checkpoint("run")
+    path.rename("run/best.pt")
+    assert drawing.open_checkpoint("run")[0] == Path("run/best.pt")
+    monkeypatch.setenv("HOME", os.getcwd())
+    assert drawing.open_checkpoint("~/run")[0] == Path("run/best.pt").absolute()
 
 
 def test_a_checkpoint_brings_its_own_classes(call, monkeypatch):
@@ -373,7 +382,7 @@ def test_folder_that_refuses_files_is_found_out_before_drawing(call, checkpoint,
     def refuse(dir):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(generate_samples.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(drawing.tempfile, "TemporaryFile", refuse)
     status, said = call(generate_samples, checkpoint)
     assert status == 1 and "drawing" not in said
     assert_one_sentence(said, "generated_images", "Permission denied")

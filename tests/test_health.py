@@ -1,5 +1,6 @@
 """health.py: which losses call for a warning."""
 
+import math
 import random
 
 import pytest
@@ -106,6 +107,8 @@ def test_overfitting_is_found_but_not_where_training_gets_worse_too():
     falling_on = [1 / n for n in range(1, 61)]
     (finding,) = validation_findings(records(falling_on), validation(0.2, 0.1, 0.15))
     assert "rose from 0.1 (step 200) to 0.15" in finding and "best.pt" in finding
+    (finding,) = validation_findings(records(falling_on), validation(math.nan, 0.1, 0.15))
+    assert "rose from 0.1" in finding
     rising = [0.1] * 20 + [0.5] * 40
     assert validation_findings(records(rising), validation(0.2, 0.1, 0.15)) == []
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import clean
+
 ROOT = Path(__file__).parents[1]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 VARIABLES = set(
@@ -102,16 +104,29 @@ def test_several_gpus_go_through_the_launcher():
     assert "launch.py --gpus 1 --restarts '2'" in re.sub(" +", " ", alone)
 
 
+def test_what_make_does_not_know_is_refused():
+    for word, said in (("EPOCH=1", "EPOCH is no variable"), ("FRESH=y", "FRESH=y is neither"),
+                       ("GRID=2", "GRID=2 is neither")):  # fmt: skip
+        result = make("-n", "train", f"PYTHON={sys.executable}", word)
+        assert result.returncode != 0 and said in result.stderr
+    for value, given in (("1", True), ("yes", True), ("0", False), ("false", False)):
+        command = make("-n", "train", f"PYTHON={sys.executable}", f"FRESH={value}").stdout
+        assert ("--fresh" in command) == given
+    # launch.py says what is missing.
+    assert "launch.py" in make("-n", "train", f"PYTHON={sys.executable}", "NODE_RANK=1").stdout
+    assert make("-n", "status", "PYTHON=/a/python").stdout.startswith("/a/python run_status.py")
+
+
 def test_evaluate_hands_its_variables_on():
     result = make(
         "-n", "evaluate", f"PYTHON={sys.executable}", "PICTURES=my pictures", "SWEEP=1,2",
         "STEPS=9", "SAMPLES=3", "SEED=1", "SAMPLER=ddim", "DATASET=pictograms",
-        "ARGS=--no-inception",
+        "OUTPUT=my scores", "ARGS=--no-inception",
     )  # fmt: skip
     command = result.stdout.splitlines()[-1]
     for flag in ("evaluate_samples.py", "--pictures 'my pictures'", "--sweep '1,2'", "--steps '9'",
                  "--samples '3'", "--seed '1'", "--sampler 'ddim'", "--dataset 'pictograms'",
-                 "--no-inception"):  # fmt: skip
+                 "--output 'my scores'", "--no-inception"):  # fmt: skip
         assert flag in command
 
 
@@ -215,6 +230,13 @@ def is_running(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_a_session_manager_is_no_parent_that_waits(monkeypatch):
+    names = {"7": "systemd\n", "8": "bash\n"}
+    monkeypatch.setattr(clean.Path, "read_text", lambda path: names[path.parent.name])
+    orphans = [clean.is_orphan(f"Name:\tpython\nPPid:\t{parent}\nUid:\t0") for parent in (1, 7, 8)]
+    assert orphans == [True, True, False]
 
 
 def test_clean_cuda_ends_own_leftovers_and_nothing_else(copy, orphan, tmp_path, monkeypatch):

@@ -57,6 +57,14 @@ def test_alone_everything_is_returned_as_it_was_given():
     assert alone.gather(3) == [3] and alone.from_leader(lambda: 4) == 4
 
 
+def test_a_world_without_an_address_is_a_mistake(monkeypatch):
+    """Job templates leave WORLD_SIZE behind."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(processes.NoMeeting, match="WORLD_SIZE is 2 .* but MASTER_ADDR is not set"):
+        processes.join()
+
+
 def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -252,7 +260,7 @@ def test_parts_are_agreed_on_before_training_and_lacking_later_ends_the_run(monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(engine, "_compute_gradients", run_out)
-    with pytest.raises(OutOfMemory, match="process 0 of 2; continue with a smaller"):
+    with pytest.raises(OutOfMemory, match="process 0 of 2; end what else"):
         engine.train_step(*batch)
 
 
@@ -392,6 +400,18 @@ def test_sigterm_saves_and_ends_all(tmp_path):
     assert "stopped and saved at step" in said and "Traceback" not in said
     assert "death signal" not in said  # torch's own words for it
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_sigterm_to_launcher_and_processes_is_one_request(tmp_path):
+    """As schedulers send it."""
+    launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
+    wait_for_checkpoint(tmp_path, launcher)
+    for pid in (launcher.pid, *workers(launcher)):
+        os.kill(pid, signal.SIGTERM)
+    said = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 128 + signal.SIGTERM, said
+    assert "stopped and saved at step" in said and "error" not in said
 
 
 @pytest.mark.usefixtures("own_directory")

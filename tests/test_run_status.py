@@ -152,6 +152,13 @@ def test_a_truncated_last_line(tmp_path):
     assert "step 10 of 5000" in status_of(tmp_path)
 
 
+def test_lines_that_are_no_records(tmp_path):
+    folder = write_run(tmp_path, records=[train(10)])
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'[1]\n{"step": 20}\n{"kind": "train"}\n\xff\xfe\n')
+    assert "step 10 of 5000" in status_of(tmp_path)
+
+
 # --- The status ------------------------------------------------------------------------------
 
 
@@ -160,6 +167,13 @@ def test_no_run_says_what_to_type(tmp_path):
     done = run_script("status", "--root", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "`make demo`" in done.stdout and "`make train`" in done.stdout
+
+
+def test_a_place_that_cannot_be_read_is_one_sentence(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    done = run_script("status", "--root", tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch("error: .*/checkpoints/.*: Not a directory; check .*\n", done.stderr)
 
 
 def test_runs_come_in_order_and_quick_test_does_not_make_an_overfit_run(tmp_path):
