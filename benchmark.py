@@ -108,11 +108,19 @@ def time_in_turns(works: dict[str, Callable], rounds: int, device) -> dict[str, 
 
 
 class Report:
-    """Prints a line per measurement and keeps it in a JSON file, whatever happens later."""
+    """Times calls, prints a line per measurement and keeps it in a JSON file, whatever happens.
 
-    def __init__(self, path: Path, facts: dict):
+    Args:
+        rounds: how often everything is timed.
+    """
+
+    def __init__(self, path: Path, facts: dict, device: torch.device, rounds: int):
         self.path, self.content = path, {"facts": facts, "measurements": []}
+        self.device, self.rounds = device, rounds
         print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+
+    def time(self, works: dict[str, Callable]) -> dict[str, list[float]]:
+        return time_in_turns(works, self.rounds, self.device)
 
     def add(self, what: str, name: str, times: list[float], images: int, *, flops: float = 0.0,
             peak: float = 0.0, **more) -> None:  # fmt: skip
@@ -226,7 +234,7 @@ def endless(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
 # ---- the parts of the benchmark ------------------------------------------------------------------
 
 
-def compare_data(report: Report, config: Config, rounds: int, device: torch.device) -> float:
+def compare_data(report: Report, config: Config) -> float:
     """Batches as training takes them against a DataLoader; returns our seconds per image."""
     images, size, times = DATA_BATCH, config.data.image_size, {}
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +244,7 @@ def compare_data(report: Report, config: Config, rounds: int, device: torch.devi
 
     def batches_of(pictures: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         split = Split(pictures, labels)
-        return TrainingBatches(split, config.data, images, 0, device).starting_at(0)
+        return TrainingBatches(split, config.data, images, 0, report.device).starting_at(0)
 
     small, large = batches_of(originals), batches_of(enlarged)
     usual = f"DataLoader, {WORKERS} workers, {size}x{size} PNGs"
@@ -247,11 +255,11 @@ def compare_data(report: Report, config: Config, rounds: int, device: torch.devi
         works = {
             "ours, from 32x32": lambda: next(small),
             f"ours, from {size}x{size}": lambda: next(large),
-            usual: lambda: next(batches)[0].to(device),
+            usual: lambda: next(batches)[0].to(report.device),
         }
         for name, work in works.items():
             stretch = partial(repeat, work, DATA_BATCHES)
-            times[name] = time_in_turns({name: stretch}, rounds, device)[name]
+            times[name] = report.time({name: stretch})[name]
             report.add("data", name, times[name], DATA_BATCHES * images)
     loader, ours = statistics.median(times.pop(usual)), statistics.median(times["ours, from 32x32"])
     for name, values in times.items():
@@ -259,10 +267,11 @@ def compare_data(report: Report, config: Config, rounds: int, device: torch.devi
     return ours / (DATA_BATCHES * images)
 
 
-def compare_networks(report: Report, config: Config, networks: dict[str, nn.Module], rounds: int,
-                     device: torch.device) -> dict[str, float]:  # fmt: skip
+def compare_networks(
+    report: Report, config: Config, networks: dict[str, nn.Module]
+) -> dict[str, float]:
     """Training step and sampling step of each; returns seconds per image of the training steps."""
-    images, size = config.train.batch_size, config.data.image_size
+    images, size, device = config.train.batch_size, config.data.image_size, report.device
     dtypes = training_dtype(config, device), sampling_dtype(config, device)
     peaks = {dtype: matmul_peak(device, dtype) for dtype in set(dtypes)}
     for dtype, peak in peaks.items():
@@ -275,17 +284,15 @@ def compare_networks(report: Report, config: Config, networks: dict[str, nn.Modu
                     forward_GFLOP_per_image=flops[name] / 1e9,
                     kept_for_backward_MiB_per_image=kept / 2**20)  # fmt: skip
     batch = random_batch(images, size, device)
-    sampling = time_in_turns(
-        {name: partial(sample_step, model, batch, dtypes[1]) for name, model in networks.items()},
-        rounds, device,
-    )  # fmt: skip
+    sampling = report.time(
+        {name: partial(sample_step, model, batch, dtypes[1]) for name, model in networks.items()}
+    )
     engines = {
         name: engine_for(model, config, device, images) for name, model in networks.items()
     }
-    training = time_in_turns(
-        {name: partial(engine.train_step, *batch) for name, engine in engines.items()},
-        rounds, device,
-    )  # fmt: skip
+    training = report.time(
+        {name: partial(engine.train_step, *batch) for name, engine in engines.items()}
+    )
     for name in networks:
         # Backward computes two products for every one of forward.
         report.add("training step", name, training[name], images, peak=peaks[dtypes[0]],
@@ -321,21 +328,20 @@ def compare_memory(report: Report, config: Config, names: list[str]) -> None:
         report.note(f"memory, batch {MEMORY_BATCH}", name, peak_GiB=peak, before_GiB=before)
 
 
-def compare_sizes(report: Report, config: Config, rounds: int, device: torch.device) -> None:
+def compare_sizes(report: Report, config: Config) -> None:
     """Training step by image size; the same pixels per batch, so that only the size differs."""
     torch.compiler.reset()  # it keeps but a few variants of a function, and earlier ones count
     pixels = config.train.batch_size * config.data.image_size**2
     engines, batches, flops = {}, {}, {}
     for size in IMAGE_SIZES:
         sized = replace(config, data=replace(config.data, image_size=size))
-        model, _ = build_model(sized, device)
-        flops[size] = forward_flops(model, size, device)
-        batches[size] = random_batch(max(1, pixels // size**2), size, device)
-        engines[size] = engine_for(model, sized, device, len(batches[size][0]))
-    times = time_in_turns(
-        {size: partial(engines[size].train_step, *batches[size]) for size in IMAGE_SIZES},
-        rounds, device,
-    )  # fmt: skip
+        model, _ = build_model(sized, report.device)
+        flops[size] = forward_flops(model, size, report.device)
+        batches[size] = random_batch(max(1, pixels // size**2), size, report.device)
+        engines[size] = engine_for(model, sized, report.device, len(batches[size][0]))
+    times = report.time(
+        {size: partial(engines[size].train_step, *batches[size]) for size in IMAGE_SIZES}
+    )
     for size in IMAGE_SIZES:
         images = len(batches[size][0])
         each = statistics.median(times[size]) / images
@@ -344,12 +350,10 @@ def compare_sizes(report: Report, config: Config, rounds: int, device: torch.dev
                    microseconds_per_pixel=round(1e6 * each / size**2, 3))  # fmt: skip
 
 
-def compare_processes(
-    report: Report, config: Config, rounds: int, device: torch.device
-) -> None:
+def compare_processes(report: Report, config: Config) -> None:
     """What a process pays for being one of several, the others' and the network's time apart."""
     torch.compiler.reset()
-    images = config.train.batch_size
+    images, device = config.train.batch_size, report.device
     batch = random_batch(images, config.data.image_size, device)
     engines = {name: engine_for(build_model(config, device)[0], config, device, images)
                for name in ("alone", "in a group of one")}  # fmt: skip
@@ -359,10 +363,9 @@ def compare_processes(
     )
     grouped = engines["in a group of one"]
     grouped.network = average_gradients(grouped.network)
-    times = time_in_turns(
-        {name: partial(engine.train_step, *batch) for name, engine in engines.items()},
-        rounds, device,
-    )  # fmt: skip
+    times = report.time(
+        {name: partial(engine.train_step, *batch) for name, engine in engines.items()}
+    )
     torch.distributed.destroy_process_group()
     for name, values in times.items():
         report.add("training step", name, values, images)
@@ -370,9 +373,9 @@ def compare_processes(
     report.note("processes", "in a group of one, against alone", ratio=statistics.median(ratios))
 
 
-def time_training(report: Report, name: str, config: Config, images: int, rounds: int,
-                  device: torch.device) -> None:  # fmt: skip
+def time_training(report: Report, name: str, config: Config, images: int) -> None:
     """A training step on CUDA by itself, with its memory, built and compiled for it."""
+    device = report.device
     peak = matmul_peak(device, training_dtype(config, device))
     torch.compiler.reset()
     gc.collect()  # the variant before
@@ -381,20 +384,20 @@ def time_training(report: Report, name: str, config: Config, images: int, rounds
     engine = engine_for(build_model(config, device)[0], config, device, images)
     flops = 3 * images * forward_flops(engine.model, config.data.image_size, device)
     work = partial(engine.train_step, *random_batch(images, config.data.image_size, device))
-    report.add("training step", name, time_in_turns({name: work}, rounds, device)[name], images,
+    report.add("training step", name, report.time({name: work})[name], images,
                flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
                parts=engine.micro_batches)  # fmt: skip
 
 
-def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.device) -> None:
+def compare_on_cuda(report: Report, config: Config) -> None:
     """What only a GPU shows: batch sizes, each optimisation taken away, whole grids."""
-    size = config.data.image_size
+    size, device = config.data.image_size, report.device
     for images in BATCH_SIZES:
-        time_training(report, f"batch {images}", config, images, rounds, device)
+        time_training(report, f"batch {images}", config, images)
     for name, (changes, context) in SWITCHES.items():
         changed = settings.apply_overrides(config, changes)
         with context():
-            time_training(report, name, changed, config.train.batch_size, rounds, device)
+            time_training(report, name, changed, config.train.batch_size)
     model, scheduler = build_model(config, device)
     labels = torch.arange(GRID_PICTURES, device=device) % len(CLASS_NAMES)
     for sampler, steps in GRIDS:
@@ -407,9 +410,9 @@ def compare_on_cuda(report: Report, config: Config, rounds: int, device: torch.d
                    GRID_PICTURES)  # fmt: skip
 
 
-def compare_sampling(report: Report, config: Config, rounds: int, device: torch.device) -> None:
+def compare_sampling(report: Report, config: Config) -> None:
     """A step of a guided grid in other ways than the product's, which draws uncompiled."""
-    images, size = 2 * GRID_PICTURES, config.data.image_size
+    images, size, device = 2 * GRID_PICTURES, config.data.image_size, report.device
     batch, dtype = random_batch(images, size, device), sampling_dtype(config, device)
     model, _ = build_model(config, device)
     contiguous = settings.apply_overrides(config, {"train.channels_last": "false"})
@@ -418,10 +421,8 @@ def compare_sampling(report: Report, config: Config, rounds: int, device: torch.
              "compiled": (torch.compile(model, dynamic=False), dtype),
              "in CUDA graphs": (torch.compile(model, mode="reduce-overhead", dynamic=False), dtype)}
     torch.compiler.reset()
-    times = time_in_turns(
-        {name: partial(sample_step, network, batch, precision)
-         for name, (network, precision) in works.items()}, rounds, device,
-    )  # fmt: skip
+    times = report.time({name: partial(sample_step, network, batch, precision)
+                         for name, (network, precision) in works.items()})  # fmt: skip
     for name, values in times.items():
         report.add("sampling step", name, values, images)
 
@@ -463,25 +464,25 @@ def main() -> int:
         "training": precision_name(training_dtype(config, device)),
         "sampling": precision_name(sampling_dtype(config, device)),
         "batch": config.train.batch_size, "image_size": config.data.image_size,
-    })  # fmt: skip
+    }, device, rounds)  # fmt: skip
     networks = {"ours": new_network("ours", config, device)}
     for name in PEERS if args.peer else ():
         try:
             networks[name] = new_network(name, config, device)
         except ImportError as error:
             print(f"{name} is left out: {error.name} is not installed")
-    per_image = compare_networks(report, config, networks, rounds, device)
-    data = compare_data(report, config, rounds, device)
+    per_image = compare_networks(report, config, networks)
+    data = compare_data(report, config)
     report.note("data", "share of a training step", share=data / per_image["ours"])
     names = list(networks)
     networks.clear()
     compare_memory(report, config, names)
     if on_cuda:
-        compare_on_cuda(report, config, rounds, device)
-        compare_sampling(report, config, rounds, device)
+        compare_on_cuda(report, config)
+        compare_sampling(report, config)
     if args.sizes:
-        compare_sizes(report, config, rounds, device)
-    compare_processes(report, config, rounds, device)
+        compare_sizes(report, config)
+    compare_processes(report, config)
     print(f"written to {path}")
     return 0
 

@@ -240,8 +240,8 @@ def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Pictu
             of_class = [picture for picture in train if picture.label == label]
             # Of fewer than ten the last one, unless it is the only one.
             test += of_class[HELD_OUT - 1 :: HELD_OUT] or of_class[1:][-1:]
-        held_out = {id(picture) for picture in test}
-        train = [picture for picture in train if id(picture) not in held_out]
+        held_out = set(test)
+        train = [picture for picture in train if picture not in held_out]
     return {"train": train, "test": test}
 
 

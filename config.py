@@ -20,6 +20,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SWITCH = ("auto", "true", "false")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 AUTO_BATCH = 0  # what "auto" means as a batch size
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+         tuple[int, ...]: "whole numbers separated by commas",
+         tuple[float, ...]: "numbers separated by commas"}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -48,13 +51,6 @@ def nearest(name: str, valid: typing.Collection[str]) -> str:
     return f"the nearest valid one is {word!r}" if word else f"valid: {', '.join(valid)}"
 
 
-def describe(kind) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-             tuple[int, ...]: "whole numbers separated by commas",
-             tuple[float, ...]: "numbers separated by commas"}  # fmt: skip
-    return names[kind]
-
-
 def has_type(value, kind) -> bool:
     """Whether a value has a field's declared type; a whole number is fine for a float."""
     if isinstance(kind, types.GenericAlias):
@@ -81,7 +77,7 @@ class Section:
         prefix = type(self).__name__.removesuffix("Config").lower()
         for f in fields(self):
             name, value, bounds = f"{prefix}.{f.name}", getattr(self, f.name), f.metadata
-            require(has_type(value, f.type), f"{name} must be {describe(f.type)}, not {value!r}")
+            require(has_type(value, f.type), f"{name} must be {KINDS[f.type]}, not {value!r}")
             if valid := bounds["one_of"]:
                 require(value in valid, f"{name} {value!r} is unknown; {nearest(value, valid)}")
             for one in value if isinstance(value, tuple) else (value,):
@@ -416,4 +412,4 @@ def parse_value(name: str, kind, value: object):
         parts = text.strip("()").split(",")
         return tuple(kind.__args__[0](part) for part in parts if part.strip())
     except (ValueError, KeyError):
-        raise ConfigError(f"{name} must be {describe(kind)}, not {value!r}") from None
+        raise ConfigError(f"{name} must be {KINDS[kind]}, not {value!r}") from None

@@ -15,19 +15,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import command_line as cli
 import config as settings
 from build import choose_device
 from cifar10 import IMAGE_SUFFIXES, UNREADABLE, DataError, locate, to_rgb
-from command_line import (
-    Parser,
-    add_config_flags,
-    add_drawing_flags,
-    config_overrides,
-    exit_with,
-    join_processes,
-    parse_count,
-    parse_seed,
-)
 from conditional_diffusion.checkpoint import CheckpointError, require_classes
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
@@ -48,8 +39,8 @@ GRID_ROWS = 4  # of the samples shown; they are the first ones, not chosen
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__.split("\n\n")[0] + " Sampler and steps are those of the "
-                    "grids drawn during training unless others are given.")  # fmt: skip
+    parser = cli.Parser(description=__doc__.split("\n\n")[0] + " Sampler and steps are those of "
+                        "the grids drawn during training unless others are given.")  # fmt: skip
     parser.add_argument("--pictures", metavar="DIR",
                         help="score these pictures, named CLASS_*.png or in folders by class")
     parser.add_argument("--samples", metavar="N", help="pictures per class "
@@ -60,8 +51,8 @@ def parse_arguments():
     parser.add_argument("--no-inception", action="store_true", help="leave FID, KID, ... out")
     parser.add_argument("--output", metavar="DIR",
                         help="where scores and drawings go (evaluation/ beside what is scored)")
-    add_config_flags(parser, ("data",), defaults="the checkpoint's", only=REFERENCE_SETTINGS)
-    add_drawing_flags(parser)
+    cli.add_config_flags(parser, ("data",), defaults="the checkpoint's", only=REFERENCE_SETTINGS)
+    cli.add_drawing_flags(parser)
     return parser.parse_args()
 
 
@@ -233,7 +224,7 @@ def score_folder(args, overrides: dict) -> Path:
     if given := [name for name, value in drawing.items() if value]:
         raise ConfigError(f"{', '.join(given)} would draw pictures, for which there is no need "
                           "with --pictures; leave it out")  # fmt: skip
-    if join_processes().several:
+    if cli.join_processes().several:
         raise ConfigError("scoring a folder takes one process; leave --gpus (make: GPUS=) out")
     pictures = read_folder(folder)
     output = usable_folder(args.output or folder / "evaluation")
@@ -248,7 +239,7 @@ def score_checkpoint(args, overrides: dict) -> Path:
     scales = parse_scales(args.sweep) if args.sweep else []
     if scales and "sample.guidance_scale" in overrides:
         raise ConfigError("--sweep and --guidance exclude each other")
-    processes = join_processes()
+    processes = cli.join_processes()
     drawing = open_drawing(args.checkpoint, overrides, raw=args.raw, quick=True,
                            processes=processes)  # fmt: skip
     require_classes(drawing.path, drawing.class_names, CLASS_NAMES)
@@ -256,8 +247,8 @@ def score_checkpoint(args, overrides: dict) -> Path:
     if config.data.dataset == "pictograms" and "data.data_dir" in overrides:
         say("the pictures of DATA_DIR are not used: this run learned the built-in pictograms; "
             "--dataset cifar10 scores against them nevertheless")  # fmt: skip
-    per_class = parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
-    seed = parse_seed(args.seed, per_class * len(CLASS_NAMES))
+    per_class = cli.parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
+    seed = cli.parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
     output = usable_folder(args.output or drawing.path.parent / "evaluation")
     report = Report(args, config, drawing.size, output) if processes.leads else None
@@ -279,10 +270,10 @@ def score_checkpoint(args, overrides: dict) -> Path:
 def main() -> int:
     args = parse_arguments()
     score = score_folder if args.pictures else score_checkpoint
-    output = score(args, config_overrides(args))
+    output = score(args, cli.config_overrides(args))
     say(f"scores, confusion matrix and nearest training images: {output}/")
     return 0
 
 
 if __name__ == "__main__":
-    exit_with(main, USER_ERRORS)
+    cli.exit_with(main, USER_ERRORS)

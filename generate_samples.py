@@ -17,16 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from command_line import (
-    Parser,
-    add_drawing_flags,
-    config_overrides,
-    exit_with,
-    join_processes,
-    parse_classes,
-    parse_count,
-    parse_seed,
-)
+import command_line as cli
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
@@ -49,7 +40,7 @@ FRAMES, COLUMNS = 30, 8  # of the trajectory's animation and of its film strip
 
 
 def parse_arguments():
-    parser = Parser(description=" ".join(__doc__.split("\n\n")[::2]))
+    parser = cli.Parser(description=" ".join(__doc__.split("\n\n")[::2]))
     parser.add_argument("--samples", metavar="N", default="4", help="pictures per class (4)")
     parser.add_argument("--classes", metavar="C,C,...", help="names or indices (all)")
     parser.add_argument("--grid-only", action="store_true", help="the grid without single files")
@@ -57,17 +48,17 @@ def parse_arguments():
                         help="also show how each class's first picture emerges from noise")
     parser.add_argument("--output", metavar="DIR", default="generated_images",
                         help="where the pictures go (generated_images)")
-    add_drawing_flags(parser)
+    cli.add_drawing_flags(parser)
     return parser.parse_args()
 
 
 def parse_seeds(first: str, samples: str) -> list[int]:
     """The seeds first, first + 1, ... of each class's pictures."""
-    rows = parse_count("--samples", samples)
+    rows = cli.parse_count("--samples", samples)
     if rows > MOST_SAMPLES:
         raise ConfigError(f"--samples must be at most {MOST_SAMPLES}, not {rows}; draw the next "
                           f"ones in another call, with --seed {MOST_SAMPLES}")  # fmt: skip
-    seed = parse_seed(first, rows)
+    seed = cli.parse_seed(first, rows)
     return list(range(seed, seed + rows))
 
 
@@ -86,11 +77,6 @@ def set_aside(output: Path, class_names: tuple[str, ...]) -> None:
         say(f"earlier pictures moved to {folder}")
 
 
-def as_text(facts: dict) -> dict[str, str]:
-    """For the text chunks of a PNG; what is no text becomes JSON."""
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
-
-
 class Album:
     """Puts pictures and the facts of how they were made into a folder.
 
@@ -105,9 +91,8 @@ class Album:
     """
 
     def __init__(self, output: Path, names: list[str], seeds: list[int], timesteps: list[int],
-                 facts: dict, *, single: bool, trajectory: bool,
-                 processes: Processes | None = None):  # fmt: skip
-        self.processes = processes or Processes()
+                 facts: dict, processes: Processes, *, single: bool, trajectory: bool):  # fmt: skip
+        self.processes = processes
         self.share = self.processes.share(len(seeds))
         self.all_seeds, seeds = seeds, seeds[self.share]
         self.output, self.names, self.seeds, self.timesteps = output, names, seeds, timesteps
@@ -140,8 +125,8 @@ class Album:
         for pixels, picture in zip(images, self.pictures[self.drawn :]):
             if self.single:
                 picture["file"] = f"{picture['class']}_{picture['seed']:04d}.png"
-                text = as_text({**picture, **self.facts})
-                save_image(Image.fromarray(pixels), self.output / picture["file"], text)
+                path = self.output / picture["file"]
+                save_image(Image.fromarray(pixels), path, {**picture, **self.facts})
         self.batches.append(images[: max(0, self.shown - self.drawn)])
         self.drawn += len(images)
 
@@ -157,7 +142,7 @@ class Album:
         images = np.concatenate([images for images, _ in parts if images is not None])
         grid = labelled_grid(images, self.names, row_names=[f"seed {seed}" for seed in seeds])
         facts = {**self.facts, "classes": self.names, "seeds": self.all_seeds}
-        save_image(grid, self.output / "grid.png", as_text({**facts, "seeds": seeds}))
+        save_image(grid, self.output / "grid.png", {**facts, "seeds": seeds})
         if self.states:
             self.draw_trajectory({**facts, "seeds": self.seeds[:1]})
         write_json(self.output / "samples.json", {**facts, "pictures": self.pictures})
@@ -188,27 +173,27 @@ class Album:
         names += ["", *(f"from t={self.timesteps[done - 1]}" for done in columns)]
         title = "left: x_t at timestep t; right: x_start, predicted from x_t"
         strip = labelled_grid(film.reshape(-1, *film.shape[2:]), names, title, row_names=self.names)
-        save_image(strip, self.output / "trajectory.png", as_text(facts))
+        save_image(strip, self.output / "trajectory.png", facts)
 
 
 def main() -> int:
     args = parse_arguments()
     seeds = parse_seeds(args.seed, args.samples)
-    processes = join_processes()
+    processes = cli.join_processes()
     drawing = open_drawing(
-        args.checkpoint, config_overrides(args), raw=args.raw, processes=processes
+        args.checkpoint, cli.config_overrides(args), raw=args.raw, processes=processes
     )
     class_names = drawing.class_names
     classes = list(range(len(class_names)))
     if args.classes is not None:
-        classes = parse_classes(args.classes, class_names)
+        classes = cli.parse_classes(args.classes, class_names)
     output = usable_folder(args.output)
     processes.from_leader(lambda: set_aside(output, class_names))
     names = [class_names[index] for index in classes]
     say(f"drawing {len(seeds) * len(names)} pictures from {drawing}")
     album = Album(
-        output, names, seeds, drawing.sampler.timesteps, drawing.facts(),
-        single=not args.grid_only, trajectory=args.trajectory, processes=processes,
+        output, names, seeds, drawing.sampler.timesteps, drawing.facts(), processes,
+        single=not args.grid_only, trajectory=args.trajectory,
     )  # fmt: skip
     if album.seeds:  # there may be fewer than processes
         labels = torch.tensor(classes).repeat(len(album.seeds))
@@ -222,4 +207,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main, USER_ERRORS)
+    cli.exit_with(main, USER_ERRORS)

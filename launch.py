@@ -19,18 +19,7 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-from command_line import (
-    COMMAND,
-    LAUNCH_FOLDER,
-    LAUNCHER,
-    LOST_STATUS,
-    MISTAKE,
-    STATUS,
-    Parser,
-    complain,
-    exit_with,
-    parse_count,
-)
+import command_line as cli
 from config import ConfigError
 
 USER_ERRORS = (ConfigError,)
@@ -44,7 +33,7 @@ STOPPING_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", metavar="N", default="all",
                         help="processes on this machine, one per GPU: a number, or all (all)")
     parser.add_argument("--nodes", metavar="N", default="1", help="machines (1)")
@@ -67,7 +56,7 @@ def parse_index(name: str, text: str, count: int) -> int:
 
 def count_gpus(text: str) -> int:
     if text != "all":
-        return parse_count("--gpus", text)
+        return cli.parse_count("--gpus", text)
     import torch
 
     count = torch.cuda.device_count()
@@ -104,12 +93,12 @@ def rendezvous_of(args, nodes: int) -> dict:
 
 def describe_failure(failures: dict, folder: Path, restarts: int, nodes: int) -> str:
     """The process that failed first, and why, in a sentence; what it said is printed before."""
-    mistake = folder / MISTAKE
+    mistake = folder / cli.MISTAKE
     if mistake.exists():
         return mistake.read_text()
     # Those that lost the others, or were ended after them, are not the cause, unless that is on
     # another machine.
-    followed = (LOST_STATUS, -signal.SIGTERM)
+    followed = (cli.LOST_STATUS, -signal.SIGTERM)
     culprits = {r: f for r, f in failures.items() if f.exitcode not in followed} or failures
     rank, failure = min(culprits.items(), key=lambda item: (item[1].timestamp, item[0]))
     said = [line for path in sorted(folder.glob(f"*/attempt_{restarts}/{failure.local_rank}/*.log"))
@@ -117,11 +106,11 @@ def describe_failure(failures: dict, folder: Path, restarts: int, nodes: int) ->
     print(*said[-TAIL:], sep="\n", file=sys.stderr, end="\n" if said else "")
     if failure.exitcode < 0:
         how = f"was killed by {failure.signal_name()}"
-    elif failure.exitcode == LOST_STATUS and nodes > 1:
+    elif failure.exitcode == cli.LOST_STATUS and nodes > 1:
         how = "lost a process of another machine, whose launcher says more"
     else:
         how = f"failed with status {failure.exitcode}, for the reason above"
-    again = os.environ[COMMAND]
+    again = os.environ[cli.COMMAND]
     return (f"process {rank} (pid {failure.pid}) {how}; the others were ended. To continue from "
             f"the last checkpoint: {again}")  # fmt: skip
 
@@ -151,7 +140,7 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
 
     silent = {rank: Std.ALL for rank in range(gpus) if rank > 0 or not leader_here}
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
-        os.environ[LAUNCH_FOLDER], folder = folder, Path(folder)
+        os.environ[cli.LAUNCH_FOLDER], folder = folder, Path(folder)
         processes = elastic_launch(LaunchConfig(
             min_nodes=nodes, max_nodes=nodes, nproc_per_node=gpus, run_id=uuid.uuid4().hex
             if nodes == 1 else "training", max_restarts=restarts,
@@ -164,9 +153,9 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
                 describe_failure(error.failures, folder, restarts, nodes)
             ) from None
         except SignalException as error:
-            if not (folder / STATUS).exists():  # which they leave when all are through
-                complain("the processes ended before they were through; what is saved counts: "
-                         f"{os.environ[COMMAND]}")  # fmt: skip
+            if not (folder / cli.STATUS).exists():  # which they leave when all are through
+                cli.complain("the processes ended before they were through; what is saved counts: "
+                             f"{os.environ[cli.COMMAND]}")  # fmt: skip
             return 128 + error.sigval
         except DistError as error:
             reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
@@ -175,15 +164,15 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
                 "every machine, with a port that is free and open on machine 0"
             ) from None
         finally:
-            del os.environ[LAUNCH_FOLDER]  # it was for them, not for this process
-        agreed = folder / STATUS
+            del os.environ[cli.LAUNCH_FOLDER]  # it was for them, not for this process
+        agreed = folder / cli.STATUS
         return int(agreed.read_text()) if agreed.exists() else 0
 
 
 def main() -> int:
     args = parse_arguments()
     with loading_quietly():
-        gpus, nodes = count_gpus(args.gpus), parse_count("--nodes", args.nodes)
+        gpus, nodes = count_gpus(args.gpus), cli.parse_count("--nodes", args.nodes)
     restarts = parse_index("--restarts", args.restarts, 1000)
     if not Path(args.script).is_file():
         raise ConfigError(f"{args.script} is no script here")
@@ -192,8 +181,8 @@ def main() -> int:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *script])
     again = [word for word in sys.argv if word != "--fresh"]
-    os.environ[COMMAND] = shlex.join([sys.executable, *again])
-    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ[cli.COMMAND] = shlex.join([sys.executable, *again])
+    os.environ[cli.LAUNCHER] = str(os.getpid())
     cores = len(os.sched_getaffinity(0))  # that may be used, of those there are
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // gpus)))
     os.environ.setdefault(STOPPING_TIMEOUT, str(STOPPING_SECONDS))
@@ -202,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main, USER_ERRORS)
+    cli.exit_with(main, USER_ERRORS)

@@ -18,20 +18,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import command_line as cli
 import config as settings
 from build import choose_device, config_of, machine_name, precision_name
 from cifar10 import DataError
-from command_line import (
-    CLEARED,
-    COMMAND,
-    LAUNCH_FOLDER,
-    Parser,
-    add_config_flags,
-    config_overrides,
-    exit_with,
-    join_processes,
-    parse_count,
-)
 from conditional_diffusion.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -64,7 +54,7 @@ USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory, RunInUse, T
 
 
 def parse_arguments():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     mode = parser.add_mutually_exclusive_group(required=True)
     for name, preset in settings.PRESETS.items():
         mode.add_argument(
@@ -79,7 +69,7 @@ def parse_arguments():
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config as JSON and stop"
     )
-    add_config_flags(parser, tuple(settings.SECTIONS))
+    cli.add_config_flags(parser, tuple(settings.SECTIONS))
     return parser.parse_args()
 
 
@@ -184,8 +174,8 @@ def clear_away(mode: str, folder: Path) -> None:
 
 def has_cleared_away() -> bool:
     """Whether this is a restart, after a process has died, and the run there is its own already."""
-    if LAUNCH_FOLDER in os.environ:
-        return Path(os.environ[LAUNCH_FOLDER], CLEARED).exists()
+    if cli.LAUNCH_FOLDER in os.environ:
+        return Path(os.environ[cli.LAUNCH_FOLDER], cli.CLEARED).exists()
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun knows no more
 
 
@@ -247,16 +237,16 @@ def require_equal_data(splits: dict, processes: Processes) -> None:
 
 def main() -> int:
     args = parse_arguments()
-    overrides = config_overrides(args)
+    overrides = cli.config_overrides(args)
     if args.samples is not None:
-        overrides["data.samples_per_class"] = parse_count("--samples", args.samples)
+        overrides["data.samples_per_class"] = cli.parse_count("--samples", args.samples)
     if "data.data_dir" in overrides and args.mode != "demo":
         overrides.setdefault("data.dataset", "cifar10")
     if args.dry_run:
         print(json.dumps(settings.to_dict(resolve_config(args.mode, overrides, None)), indent=1))
         return 0
 
-    folder, processes = RUN_DIRECTORIES[args.mode], join_processes()
+    folder, processes = RUN_DIRECTORIES[args.mode], cli.join_processes()
     fresh = args.fresh and not has_cleared_away()
 
     def run_to_continue() -> dict | None:
@@ -279,7 +269,7 @@ def main() -> int:
     if not processes.leads:
         return session(run)
     again = [word for word in sys.argv[1:] if word != "--fresh"]
-    command = os.environ.get(COMMAND) or shlex.join([sys.executable, "train_model.py", *again])
+    command = os.environ.get(cli.COMMAND) or shlex.join([sys.executable, "train_model.py", *again])
     with TrainingMonitor(
         folder, mode=config.mode, device=device_name(device, processes),
         machine=machine_name(device), total_steps=engine.total_steps,
@@ -287,8 +277,8 @@ def main() -> int:
     ) as run.monitor:  # fmt: skip
         if saved is None:
             clear_away(args.mode, folder)
-            if LAUNCH_FOLDER in os.environ:
-                Path(os.environ[LAUNCH_FOLDER], CLEARED).touch()
+            if cli.LAUNCH_FOLDER in os.environ:
+                Path(os.environ[cli.LAUNCH_FOLDER], cli.CLEARED).touch()
         say(describe(run, device))
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
@@ -319,4 +309,4 @@ def session(run: Run) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main, USER_ERRORS)
+    cli.exit_with(main, USER_ERRORS)

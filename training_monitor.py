@@ -321,13 +321,13 @@ def labelled_grid(
     return grid
 
 
-def save_image(image, path: Path, facts: dict[str, str] | None = None) -> None:
-    """Write a PNG in one step, facts in its text chunks."""
+def save_image(image, path: Path, facts: dict | None = None) -> None:
+    """Write a PNG in one step, facts in its text chunks; what is no text becomes JSON."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in (facts or {}).items():
-        info.add_text(key, value)
+        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
     with replacing(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=info)
 

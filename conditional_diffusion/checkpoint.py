@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from .memory import is_out_of_memory
+
 FORMAT = "conditional_diffusion"
 FORMAT_VERSION = 3  # 3: the Wiener filter carries the rest of the network as well
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizer"}
@@ -162,6 +164,8 @@ def load_checkpoint(path: Path) -> dict:
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except DAMAGED as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint; use another one (`make status` lists them)"
         ) from error

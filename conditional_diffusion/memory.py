@@ -29,10 +29,14 @@ class OutOfMemory(MemoryError):
     """Memory ran out even with the smallest part of the work; the message says what to change."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(words in str(error) for words in MEMORY_WORDS)
+
+
 def reraise_unless_out_of_memory(error: Exception) -> None:
     """Return if error means that memory ran out; raise it again if it is any other error."""
-    expected = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not expected and not any(words in str(error) for words in MEMORY_WORDS):
+    if not is_out_of_memory(error):
         raise error
 
 

@@ -6,6 +6,7 @@ class alone.
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -60,35 +61,23 @@ def evaluating(model: nn.Module):
         model.train(was_training)
 
 
+@dataclass(eq=False)
 class Sampler:
-    """What the samplers share: the kept timesteps, guidance, batches and the loop over steps.
+    """What the samplers share: the kept timesteps, guidance, batches and the loop over steps."""
 
-    Args:
-        scheduler: the schedule the model was trained with.
-        num_inference_steps: kept timesteps, evenly spaced.
-        guidance_scale: see guided_prediction.
-        guidance_interval: (low, high) in fractions of the chain, 0 the clean end; timesteps outside
-            are not guided, which also halves their cost (Kynkaanniemi et al. 2024, sec. 3).
-        clip_x_start: clip the predicted clean image to [-1, 1], the only clamp there is.
-        autocast_dtype: as of TrainingEngine; the state stays float32.
-    """
+    scheduler: CosineNoiseScheduler  # the schedule the model was trained with
+    _: KW_ONLY
+    num_inference_steps: int  # kept timesteps, evenly spaced
+    guidance_scale: float = 1.0  # see guided_prediction
+    # (low, high) in fractions of the chain, 0 the clean end; timesteps outside are not guided,
+    # which also halves their cost (Kynkaanniemi et al. 2024, sec. 3).
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    clip_x_start: bool = True  # the predicted clean image to [-1, 1], the only clamp there is
+    autocast_dtype: torch.dtype | None = None  # as of TrainingEngine; the state stays float32
 
-    def __init__(
-        self,
-        scheduler: CosineNoiseScheduler,
-        *,
-        num_inference_steps: int,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        clip_x_start: bool = True,
-        autocast_dtype: torch.dtype | None = None,
-    ):
-        self.scheduler = scheduler
-        self.timesteps = inference_timesteps(scheduler.num_train_timesteps, num_inference_steps)
-        self.guidance_scale = guidance_scale
-        self.guidance_interval = guidance_interval
-        self.clip_x_start = clip_x_start
-        self.autocast_dtype = autocast_dtype
+    def __post_init__(self):
+        T = self.scheduler.num_train_timesteps
+        self.timesteps = inference_timesteps(T, self.num_inference_steps)
 
     def update(
         self,
@@ -185,12 +174,11 @@ class DDPMSampler(Sampler):
         return mean if previous_timestep < 0 else mean + variance.sqrt().float() * draw_noise()
 
 
+@dataclass(eq=False, kw_only=True)
 class DDIMSampler(Sampler):
     """Song et al. 2021: eta 0 is deterministic, eta 1 has the variance of DDPM."""
 
-    def __init__(self, scheduler: CosineNoiseScheduler, *, eta: float = 0.0, **options):
-        super().__init__(scheduler, **options)
-        self.eta = eta
+    eta: float = 0.0
 
     def update(self, x_start, x_t, timestep, previous_timestep, draw_noise, earlier):
         """Song et al. 2021, eq. 12, with the standard deviation of eq. 16.

@@ -13,6 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -112,70 +113,49 @@ def diffusion_loss(
     return F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
 
 
+@dataclass(eq=False, repr=False)
 class TrainingEngine:
-    """Trains a model and its moving average, step by step.
+    """Trains a model and its moving average, step by step."""
 
-    Args:
-        model: `model(x_t, timesteps, class_labels)` with `null_label`, on its device.
-        scheduler: noise schedule, on the same device.
-        total_steps: length of the run; the learning rate ends its decay there.
-        learning_rate, warmup_steps, final_lr_fraction: see learning_rate_at.
-        weight_decay: of AdamW. grad_clip: largest gradient norm.
-        class_dropout_prob: see drop_labels. min_snr_gamma: see min_snr_weights.
-        ema_halflife_images, ema_rampup_ratio: see ema_decay.
-        max_skipped_steps: consecutive steps without a finite gradient that are left out.
-        seed: of all randomness inside the steps.
-        autocast_dtype: for mixed precision, torch.bfloat16 or (with loss scaling) torch.float16;
-            None for float32.
-        processes: that train together, each on its share of every batch.
-    """
+    model: nn.Module  # model(x_t, timesteps, class_labels) with null_label, on its device
+    scheduler: CosineNoiseScheduler  # on the same device
+    _: KW_ONLY
+    total_steps: int  # of the run; the learning rate ends its decay there
+    learning_rate: float  # the peak; see learning_rate_at, as for the next two
+    warmup_steps: int = 0
+    final_lr_fraction: float = 1.0
+    weight_decay: float = 0.0  # of AdamW
+    grad_clip: float = 1.0  # largest gradient norm
+    class_dropout_prob: float = 0.1  # see drop_labels
+    min_snr_gamma: float = 5.0  # see min_snr_weights
+    ema_halflife_images: float = 500_000  # see ema_decay, as for the next one
+    ema_rampup_ratio: float = 0.1
+    max_skipped_steps: int = 0  # steps in a row that may be left out for want of a finite gradient
+    seed: int = 0  # of all randomness inside the steps
+    # For mixed precision torch.bfloat16 or, with loss scaling, torch.float16; None: float32.
+    autocast_dtype: torch.dtype | None = None
+    processes: Processes = field(default_factory=Processes)  # each works on its share of a batch
 
-    def __init__(
-        self,
-        model: nn.Module,
-        scheduler: CosineNoiseScheduler,
-        *,
-        total_steps: int,
-        learning_rate: float,
-        warmup_steps: int = 0,
-        final_lr_fraction: float = 1.0,
-        weight_decay: float = 0.0,
-        grad_clip: float = 1.0,
-        class_dropout_prob: float = 0.1,
-        min_snr_gamma: float = 5.0,
-        ema_halflife_images: float = 500_000,
-        ema_rampup_ratio: float = 0.1,
-        max_skipped_steps: int = 0,
-        seed: int = 0,
-        autocast_dtype: torch.dtype | None = None,
-        processes: Processes | None = None,
-    ):
-        self.model, self.scheduler = model, scheduler
-        self.processes = processes or Processes()
-        self.device = next(model.parameters()).device
-        self.total_steps, self.learning_rate = total_steps, learning_rate
-        self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
-        self.grad_clip, self.class_dropout_prob = grad_clip, class_dropout_prob
-        self.min_snr_gamma, self.seed = min_snr_gamma, seed
-        self.ema_halflife_images, self.ema_rampup_ratio = ema_halflife_images, ema_rampup_ratio
-        self.autocast_dtype = autocast_dtype
-        self.max_skipped_steps, self.micro_batches = max_skipped_steps, 1
+    def __post_init__(self):
+        self.device = next(self.model.parameters()).device
         self.step = self.images_seen = 0
+        self.micro_batches = 1  # parts of a batch, or of this process's share of it
         self._draws: dict[tuple, tuple[Tensor, Tensor]] = {}  # of validations, by their shape
         # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay,
-            fused=True,
+            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.99),
+            weight_decay=self.weight_decay, fused=True,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=autocast_dtype is torch.float16
+            self.device.type, enabled=self.autocast_dtype is torch.float16
         )
         # torch's AveragedModel would wait for the device at every step.
-        self.ema_model = copy.deepcopy(model).requires_grad_(False)
-        self._weights, self._averages = list(model.parameters()), list(self.ema_model.parameters())
+        self.ema_model = copy.deepcopy(self.model).requires_grad_(False)
+        self._weights = list(self.model.parameters())
+        self._averages = list(self.ema_model.parameters())
         # What the training steps call: the model or its compiled form; once tied, inside what
         # averages its gradients over the processes.
-        self.network, self.tied = model, False
+        self.network, self.tied = self.model, False
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked

@@ -164,7 +164,6 @@ class UNet(nn.Module):
             )
         if len(num_res_blocks) != levels:
             raise ValueError(f"num_res_blocks {num_res_blocks} needs {levels} entries")
-        self.image_size, self.in_channels = image_size, in_channels
         self.patch_size, self.null_label = patch_size, num_classes
         self.time_embed_dim = time_embed_dim
         self.wiener = WienerFilter(alphas_cumprod, prediction_type, image_size, in_channels)

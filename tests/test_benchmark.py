@@ -15,6 +15,8 @@ from benchmark import forward_flops, kept_bytes, time_in_turns
 from config import apply_overrides, full
 from peers import Predecessor
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.usefixtures("own_directory")
 def test_every_part_is_measured_and_written(call, monkeypatch):
@@ -58,9 +60,9 @@ def test_what_is_measured_on_cuda_runs_through(monkeypatch):
                  for name, value in zip(TINY_FLAGS[2::2], TINY_FLAGS[3::2])
                  if name.startswith(("--model", "--data"))}  # fmt: skip
     config = apply_overrides(full(), {**overrides, "train.batch_size": "3"})
-    report = benchmark.Report(Path("benchmark.json"), {})
+    report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1)
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-    benchmark.compare_on_cuda(report, config, 1, torch.device("cpu"))
+    benchmark.compare_on_cuda(report, config)
     found = {(m["what"], m["name"], m["images"]) for m in report.content["measurements"]}
     assert found == {("training step", "batch 2", 2), ("grid", "ddpm, 2 steps, guided", 2)} | {
         ("training step", name, 3) for name in benchmark.SWITCHES
@@ -75,7 +77,7 @@ def die(config, name):
 @pytest.mark.usefixtures("own_directory")
 def test_a_process_that_dies_leaves_the_rest_of_the_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "peak_of_a_step", die)
-    report = benchmark.Report(Path("benchmark.json"), {})
+    report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1)
     benchmark.compare_memory(report, full(), ["ours"])
     assert report.content["measurements"] == []
     assert "memory of ours: not measured" in capsys.readouterr().out
@@ -90,7 +92,7 @@ def test_a_batch_size_has_to_be_a_number(call):
 
 @pytest.mark.usefixtures("own_directory")
 def test_what_was_measured_is_kept_whatever_happens_later():
-    report = benchmark.Report(Path("benchmark.json"), {"device": "CPU"})
+    report = benchmark.Report(Path("benchmark.json"), {"device": "CPU"}, CPU, 1)
     report.note("network", "ours", parameters_M=1)
     content = json.loads(Path("benchmark.json").read_text())
     assert content["measurements"] == [{"what": "network", "name": "ours", "parameters_M": 1}]
@@ -103,7 +105,7 @@ def test_calls_take_turns_and_the_first_ones_do_not_count(monkeypatch, calls):
     monkeypatch.setattr(benchmark, "CALLS", {"cpu": calls})
     order = []
     works = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = time_in_turns(works, 3, torch.device("cpu"))
+    times = time_in_turns(works, 3, CPU)
     assert order == (["a"] * calls + ["b"] * calls) * (3 + benchmark.BURN_IN)
     assert [len(values) for values in times.values()] == [3, 3]
 
@@ -120,7 +122,7 @@ def test_what_is_kept_for_backward_is_counted_once():
             h = self.layer(x_t)
             return h * h
 
-    assert kept_bytes(Network(), 8, torch.device("cpu"), None) == 8 * 8 * (3 + 5) * 4
+    assert kept_bytes(Network(), 8, CPU, None) == 8 * 8 * (3 + 5) * 4
 
 
 def test_predecessor_has_the_published_size_and_cost():
@@ -143,4 +145,4 @@ def test_flops_of_a_convolution_are_two_per_product():
         def forward(self, x_t, timesteps, class_labels):
             return self.layer(x_t)
 
-    assert forward_flops(Network(), 8, torch.device("cpu")) == 2 * 3 * 5 * 8 * 8
+    assert forward_flops(Network(), 8, CPU) == 2 * 3 * 5 * 8 * 8

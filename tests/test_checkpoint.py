@@ -220,6 +220,17 @@ def test_missing_file_and_directory_are_refused(tmp_path):
     assert "does not exist or is not a file" in refusal(folder)
 
 
+def test_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    path = checkpoint.save_checkpoint(tmp_path, state(1), keep=1)
+
+    def run_out(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(torch, "load", run_out)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_checkpoint(path)
+
+
 def test_a_file_cut_off_anywhere_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, state(), keep=1)
     contents = path.read_bytes()
