@@ -254,9 +254,7 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
     if source is None:
         with only_one(PREPARED / ".lock", say):  # another may have fetched it meanwhile
             source = find_source("") or download(REPOSITORY_DATA)
-    archive = published_archive(source)
-    pictures = [] if archive else list_pictures(source)
-    folder = PREPARED / fingerprint(archive or source, pictures, data)
+    archive, pictures, folder = contents(source, data)
     if (folder / "info.json").exists():
         say(f"data: {source}, prepared in {folder}")
         return folder
@@ -279,6 +277,14 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def contents(source: Path, data: DataConfig) -> tuple[Path | None, list[Picture], Path]:
+    """The authors' archive or else the pictures in source, and the folder that has them prepared.
+    """
+    archive = published_archive(source)
+    pictures = [] if archive else list_pictures(source)
+    return archive, pictures, PREPARED / fingerprint(archive or source, pictures, data)
 
 
 @contextmanager

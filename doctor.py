@@ -12,15 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import config as settings
-from cifar10 import (
-    PREPARED,
-    DataError,
-    assign_splits,
-    find_source,
-    fingerprint,
-    list_pictures,
-    published_archive,
-)
+from cifar10 import DataError, assign_splits, contents, find_source
 from command_line import Parser, add_config_flags, config_overrides, exit_with
 from config import Config, ConfigError
 from gpu_status import diagnose, first_line, gather_facts
@@ -102,16 +94,14 @@ def check_data(config: Config) -> Finding:
         if source is None:
             return Finding(True, "no pictures found", "`make train` will download CIFAR-10 "
                            "(170 MB), `make train DATA_DIR=...` uses your own")  # fmt: skip
-        archive = published_archive(source)
-        pictures = [] if archive else list_pictures(source)
+        archive, pictures, folder = contents(source, config.data)
         if not archive:
             assign_splits(pictures, source)
-        name = fingerprint(archive or source, pictures, config.data)
     except (DataError, OSError) as error:
         return Finding(False, str(error), "see README, Data")
-    prepared = (PREPARED / name / "info.json").exists()
+    prepared = (folder / "info.json").exists()
     count = "the published archive" if archive else f"{len(pictures)} pictures"
-    return Finding(True, f"{source}: {count}, fingerprint {name}, "
+    return Finding(True, f"{source}: {count}, fingerprint {folder.name}, "
                    f"{'prepared' if prepared else 'to be prepared by the first run'}")  # fmt: skip
 
 

@@ -161,11 +161,13 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
         "agreement": ("class agreement", lambda r: r["reference"]["classifier_accuracy"]),
         "frechet_distance": ("Frechet distance", lambda r: r["frechet_distance_floor"]),
     }
+    panels = {key: panel for key, panel in panels.items() if all(key in r for r in records)}
     if all("fid" in record["inception"] for record in records):
         panels["fid"] = ("FID", lambda r: r["inception"]["floor"]["fid"])
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scales = [record["guidance_scale"] for record in records]
-    for axes, (key, (title, floor)) in zip(figure.subplots(1, len(panels)), panels.items()):
+    for axes, (key, (title, floor)) in zip(all_axes, panels.items()):
         values = [{**record["inception"], **record}[key] for record in records]
         axes.plot(scales, values, marker=".", label="samples")
         axes.axhline(floor(records[0]), color="gray", linestyle="--", label="held-out pictures")

@@ -96,6 +96,8 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     }  # fmt: skip
     if conflicts:
         listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in conflicts.items())
+        if "data.dataset" in conflicts and os.environ.get("DATA_DIR"):
+            listed += " by DATA_DIR in the environment"
         raise ConfigError(
             f"the run in {RUN_DIRECTORIES[mode]} was started with {listed}; drop the change to "
             "continue it, or start anew with --fresh (make: FRESH=1)"

@@ -273,7 +273,7 @@ def test_time_limit_saves_and_says_try_again(call):
     assert status == 0 and "continuing at step 1" in said
 
 
-def test_resume_refuses_what_would_be_another_model(call):
+def test_resume_refuses_what_would_be_another_model(call, monkeypatch):
     call(train_model, "--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1)
     status, said = call(
         train_model, "--full", *PICTOGRAMS, "--samples", 2, "--model.base_channels", 32
@@ -281,6 +281,10 @@ def test_resume_refuses_what_would_be_another_model(call):
     assert status == 1
     assert_one_sentence(said, "model.base_channels 16 (now 32)", "--fresh")
     assert_one_sentence(call(train_model, "--full", "--seed", 1)[1], "train.seed 0 (now 1)")
+    monkeypatch.setenv("DATA_DIR", "/elsewhere")
+    said = call(train_model, "--full")[1]
+    assert_one_sentence(said, "pictograms (now cifar10) by DATA_DIR in the environment")
+    monkeypatch.delenv("DATA_DIR")
     said = call(train_model, "--full", "--batch-size", 5)[1]  # would give it another length
     assert_one_sentence(said, "train.batch_size 128 (now 5)")
 

@@ -232,6 +232,19 @@ def test_bad_input_is_one_sentence(call, arguments, word):
     assert_one_sentence(said, word)
 
 
+def test_a_sweep_is_drawn_of_what_was_measured(tmp_path):
+    """With a single held-out picture there is no Frechet distance."""
+    records = [{"guidance_scale": scale, "agreement": 0.5, "inception": {},
+                "reference": {"classifier_accuracy": 0.9}} for scale in (1, 2)]  # fmt: skip
+    evaluate_samples.draw_sweep(records, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as one:
+        width = one.width
+    both = [record | {"frechet_distance": 3.0, "frechet_distance_floor": 1.0} for record in records]
+    evaluate_samples.draw_sweep(both, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as two:
+        assert two.width == 2 * width
+
+
 def test_a_place_that_takes_no_scores_is_found_out_before_drawing(call):
     call(train_model, *FULL)
     Path("taken").write_text("a file")
