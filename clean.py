@@ -87,7 +87,7 @@ def is_orphan(status: str) -> bool:
     parent = re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)[1]
     try:
         return parent == "1" or Path(f"/proc/{parent}/comm").read_text() == "systemd\n"
-    except FileNotFoundError:  # it has just ended
+    except OSError:  # it has just ended
         return False
 
 

@@ -135,15 +135,14 @@ def config_section(plain: dict) -> str:
     if not plain:
         return "<p>config.json is missing.</p>"
     try:
-        ours = settings.flatten(settings.from_dict(plain))
-        preset = settings.flatten(settings.PRESETS[plain["mode"]]())
+        ours, preset = settings.from_dict(plain), settings.PRESETS[plain["mode"]]()
     except (settings.ConfigError, KeyError, TypeError):  # of another version
         rows = [(f"{section}.{key}", value) for section, values in plain.items()
                 if isinstance(values, dict) for key, value in values.items()]  # fmt: skip
         return table(rows)
-    changed = [name for name in ours if ours[name] != preset[name]]
-    first = [(name, ours[name], f"instead of {preset[name]!r}") for name in changed]
-    rest = [(name, ours[name], "") for name in ours if name not in changed]
+    changed = settings.differences(preset, ours)
+    first = [(name, new, f"instead of {old!r}") for name, (old, new) in changed.items()]
+    rest = [(name, v, "") for name, v in settings.flatten(ours).items() if name not in changed]
     return table(first + rest, ["changed"] * len(first) + [""] * len(rest))
 
 
