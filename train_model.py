@@ -39,9 +39,12 @@ from training_monitor import (
     RUN_DIRECTORIES,
     RunInUse,
     TrainingMonitor,
+    acquire_lock,
     progress,
+    read_json,
     refuse_second_run,
     say,
+    sweep,
 )
 from training_run import Run
 
@@ -209,6 +212,11 @@ def stopping_on_signals(run: Run):
             signal.signal(number, handler)
 
 
+def has_finished(folder: Path) -> bool:
+    """Whether a run came to its end, beyond its last step: grids, curves and all."""
+    return read_json(folder / "run.json").get("state") == "finished"
+
+
 def describe(run: Run, device) -> str:
     config, engine = run.config, run.engine
     parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
@@ -264,9 +272,13 @@ def main() -> int:
     require_equal_data(splits, processes)
     run = Run(config, folder, splits, device, saved, processes)
     engine = run.engine
-    if engine.complete and not run.lacks_grid():
+    if engine.complete and processes.from_leader(lambda: has_finished(folder)):
         say(f"the run in {folder} is complete ({engine.step} steps); EPOCHS= makes it longer, "
             "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
+        if processes.leads:
+            with acquire_lock(folder):
+                sweep(folder)
+                say(f"report: {write_report(folder)}")
         return 0
     if not processes.leads:
         return session(run)

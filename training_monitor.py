@@ -63,6 +63,12 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left in a run directory, whose lock is held."""
+    for unfinished in (*folder.glob("*.tmp"), *(folder / "samples").glob("*.tmp")):
+        unfinished.unlink()
+
+
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
@@ -204,8 +210,7 @@ class TrainingMonitor:
         """Write the config and cut what a killed run left past `step`: it will come again."""
         from tqdm import tqdm
 
-        for stale in (*self.folder.glob("*.tmp"), *self.samples.glob("*.tmp")):
-            stale.unlink()
+        sweep(self.folder)
         self.samples.mkdir(exist_ok=True)  # an earlier run's may have been moved aside
         write_json(self.folder / "run.json", self.facts)
         write_json(self.folder / "config.json", config)

@@ -334,7 +334,7 @@ class Run:
                 self.save()
                 save_is_due = False
             # Drawing comes last: what takes time must not stand before a save.
-            if monitor and due(train.log_every) and (monitor.curves_are_old or engine.complete):
+            if monitor and due(train.log_every) and monitor.curves_are_old:
                 monitor.draw_curves()
             if due(train.sample_every):
                 self.draw()
@@ -343,9 +343,8 @@ class Run:
         self.processes.answers()  # to the last step's wishes, which change nothing any more
         if not engine.complete:
             self.save()
-            if monitor:
-                monitor.draw_curves()
         if monitor:
+            monitor.draw_curves()
             monitor.end("finished" if engine.complete else "interrupted")
         return engine.complete
 

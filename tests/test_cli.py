@@ -88,6 +88,34 @@ def test_overfit_verdict_decides_the_exit_status(call, monkeypatch):
         assert status == 1 and "FAIL" in said
 
 
+def test_what_a_kill_after_the_last_step_took_comes_again(call):
+    full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 1]
+    call(train_model, *full)
+    run = Path("checkpoints")
+    grid, curves, report = (run / "samples" / "step_00000005_ema.png",
+                            run / "training_curves.png", run / "report.html")  # fmt: skip
+
+    def damage(*lost: Path) -> None:
+        for path in lost:
+            path.unlink()
+        for folder in (run, run / "samples"):
+            (folder / "samples.gif.123.tmp").touch()
+
+    damage(grid, curves, report)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"state": "running"}))
+    status, said = call(train_model, *full)
+    assert status == 0 and "continuing at step 5" in said
+    assert grid.exists() and curves.exists() and report.exists()
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+    assert not list(run.rglob("*.tmp"))
+
+    damage(report)  # a kill while it was written
+    status, said = call(train_model, *full)
+    assert status == 0 and "is complete" in said
+    assert "finished" in report.read_text() and not list(run.rglob("*.tmp"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_continues_to_the_same_weights(call, number):
     full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 2,
