@@ -26,6 +26,7 @@ else
   ENVIRONMENT := .venv/.installed
   EVALUATION_ENVIRONMENT := .venv/.installed-eval
   TEST_ENVIRONMENT := .venv/.installed-dev
+  TEST_FLAGS := --numprocesses auto --maxprocesses 8 --dist loadgroup
 endif
 # The interpreter that creates .venv and runs what needs no packages.
 BASE_PYTHON ?= python3
@@ -114,7 +115,7 @@ bench: $(ENVIRONMENT)  ## Speed and memory of training and sampling on this mach
 	@$(PYTHON) benchmark.py $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
 
 check: $(TEST_ENVIRONMENT)  ## The test suite
-	@$(PYTHON) -m pytest -q tests $(ARGS)
+	@$(PYTHON) -m pytest -q tests $(TEST_FLAGS) $(ARGS)
 
 clean:  ## Remove runs and generated pictures, listing them first (CONFIRM=yes: without asking)
 	@$(BASE_PYTHON) clean.py runs $(CLEAN_FLAGS)

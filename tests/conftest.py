@@ -1,7 +1,12 @@
 """What several test files share: the import path, the markers and a network for the CPU."""
 
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and threads that wait by spinning would take them from each other.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest
 import torch
@@ -28,6 +33,7 @@ PICTOGRAMS = [*TINY_FLAGS, "--dataset", "pictograms"]
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs CUDA; run with -m gpu")
+    config.addinivalue_line("markers", "xdist_group: tests that one worker runs, in their order")
     if not config.option.markexpr:
         config.option.markexpr = "not slow and not gpu"
 
