@@ -33,7 +33,6 @@ PICTOGRAMS = [*TINY_FLAGS, "--dataset", "pictograms"]
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs CUDA; run with -m gpu")
-    config.addinivalue_line("markers", "xdist_group: tests that one worker runs, in their order")
     if not config.option.markexpr:
         config.option.markexpr = "not slow and not gpu"
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from config import CLASS_NAMES
 
-pytestmark = pytest.mark.xdist_group("README")  # each builds on those before it
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROGRAM = r"(?:make|python3?|torchrun|ruff) "
