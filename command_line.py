@@ -144,6 +144,9 @@ def join_processes():
     """The processes of this call; only the one that leads goes on to speak."""
     from conditional_diffusion import processes
 
+    if processes.LAUNCHED_BY not in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        print(f"waiting for {os.environ['WORLD_SIZE']} processes, which WORLD_SIZE in the "
+              "environment speaks of", flush=True)  # fmt: skip
     joined = processes.join()
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
         sys.exit(mistake("launch.py ended while this process was starting"))

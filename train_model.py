@@ -294,6 +294,9 @@ def main() -> int:
             if cli.LAUNCH_FOLDER in os.environ:
                 Path(os.environ[cli.LAUNCH_FOLDER], cli.CLEARED).touch()
         say(describe(run, device))
+        if config.train.warmup_steps >= engine.total_steps:
+            say(f"the whole run lies within the {config.train.warmup_steps} steps of its warm-up; "
+                "with a smaller train.warmup_steps it learns more")  # fmt: skip
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
             say(f"continuing at step {engine.step}{changes(run.config, saved_config)}")

@@ -26,6 +26,7 @@ Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=60)
 MEETING = timedelta(minutes=10)  # for all to start
 START_AGAIN = "start the same command again on every machine"
+LAUNCHED_BY = "TORCHELASTIC_RUN_ID"  # in the environment of processes that torchrun started
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
@@ -124,50 +125,60 @@ def average_gradients(model: nn.Module) -> nn.Module:
 
 
 def join() -> Processes:
-    """The processes that torchrun started, as its environment variables say; else this one alone.
+    """The processes that the environment speaks of, as torchrun sets it; else this one alone.
 
     Raises NoMeeting where they do not find each other.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if LAUNCHED_BY in os.environ:
         # A launcher that is killed cannot end its processes: the system asks them to save and stop.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    world_size = number_in_environment("WORLD_SIZE", 1)
     if world_size == 1:
         return Processes()
     missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
         raise NoMeeting(f"WORLD_SIZE is {world_size} in the environment, but {min(missing)} is not "
                         "set: unset it for one process, or start several with GPUS=")  # fmt: skip
-    on_cuda = torch.cuda.is_available()
-    options = {}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        options = {"store": meet(launchers_store(world_size), rank, world_size)}
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    rank, local_rank = number_in_environment("RANK"), number_in_environment("LOCAL_RANK", 0)
+    store = meet(common_store(rank, world_size), rank, world_size)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, rank=rank, world_size=world_size, timeout=TIMEOUT, **options
+        backend, rank=rank, world_size=world_size, timeout=TIMEOUT, store=store
     )
     return Processes(rank, world_size, local_rank)
 
 
-def launchers_store(world_size: int) -> dist.Store:
-    """The store of the first machine's launcher; NoMeeting where it is gone."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+def number_in_environment(name: str, default: int | None = None) -> int:
+    """NoMeeting where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise NoMeeting(f"{name} is {text!r} in the environment, which is no number; unset it")
+    return int(text)
+
+
+def common_store(rank: int, world_size: int) -> dist.Store:
+    """The launcher's store or, without a launcher, the first process's; NoMeeting without either.
+    """
+    host, port = os.environ["MASTER_ADDR"], number_in_environment("MASTER_PORT")
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps_it = rank == 0 and not launched
     try:
-        return dist.TCPStore(host, port, world_size, is_master=False, timeout=MEETING)
+        return dist.TCPStore(
+            host, port, world_size, is_master=keeps_it, timeout=MEETING, wait_for_workers=False
+        )
     except dist.DistNetworkError:
-        raise NoMeeting(f"nobody answers at {host}:{port}; {START_AGAIN}") from None
+        problem = "this process cannot listen" if keeps_it else "nobody answers"
+        raise NoMeeting(f"{problem} at {host}:{port}; {START_AGAIN}") from None
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """The part of the launcher's store for this start, once all processes have come to it.
+    """The part of the common store for this start, once all processes have come to it.
 
     The store still holds what the processes before a restart wrote. Raises NoMeeting where some do
     not come, as when another machine has given up.
     """
-    store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"restart_{restart}", store)
     store.set(f"process_{rank}", "here")
     try:
         store.wait([f"process_{other}" for other in range(world_size)], MEETING)

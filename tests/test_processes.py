@@ -63,6 +63,47 @@ def test_a_world_without_an_address_is_a_mistake(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(processes.NoMeeting, match="WORLD_SIZE is 2 .* but MASTER_ADDR is not set"):
         processes.join()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(processes.NoMeeting, match="WORLD_SIZE is 'two' .*; unset it"):
+        processes.join()
+
+
+@pytest.fixture
+def free_port(monkeypatch) -> int:
+    """Where processes should meet by the environment, and nobody listens yet."""
+    with socket.socket() as free:
+        free.bind((launcher.LOOPBACK, 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", launcher.LOOPBACK)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return port
+
+
+def test_without_a_launcher_the_others_are_not_waited_for_forever(monkeypatch, free_port):
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(processes.NoMeeting, match=f"nobody answers at .*:{free_port}"):
+        processes.join()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(processes.NoMeeting, match="not all 2 processes came"):
+        processes.join()
+    with socket.create_server((launcher.LOOPBACK, free_port)):
+        with pytest.raises(processes.NoMeeting, match="this process cannot listen at"):
+            processes.join()
+
+
+def test_without_a_launcher_processes_find_each_other_by_the_environment(tmp_path, free_port):
+    command = [sys.executable, ROOT / "train_model.py", *TRAIN[1:], "--epochs", "1"]
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT,
+                         env=os.environ | {"WORLD_SIZE": "2", "RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    leader, other = (process.communicate(timeout=120)[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0], leader + other
+    assert "waiting for 2 processes" in leader and "cpu in 2 processes" in leader
 
 
 def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch):
@@ -76,15 +117,11 @@ def test_processes_that_do_not_come_are_not_waited_for_forever(monkeypatch):
         processes.meet(store, 0, 2)
 
 
-def test_a_launcher_that_is_gone_is_not_waited_for_forever(monkeypatch):
-    with socket.socket() as free:
-        free.bind((launcher.LOOPBACK, 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("MASTER_ADDR", launcher.LOOPBACK)
-    monkeypatch.setenv("MASTER_PORT", str(port))
+def test_a_launcher_that_is_gone_is_not_waited_for_forever(monkeypatch, free_port):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.1))
-    with pytest.raises(processes.NoMeeting, match=f"nobody answers at .*:{port}"):
-        processes.launchers_store(2)
+    with pytest.raises(processes.NoMeeting, match=f"nobody answers at .*:{free_port}"):
+        processes.common_store(0, 2)
 
 
 @pytest.mark.parametrize("error, said", [
