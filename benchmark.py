@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -42,9 +43,10 @@ from build import (
     training_dtype,
 )
 from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_count
-from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine
+from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine, training_engine
 from conditional_diffusion.processes import average_gradients
 from conditional_diffusion.sampler import autocast
+from conditional_diffusion.training_engine import diffusion_loss
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, to_images, to_x_start
 from peers import PEERS
@@ -71,6 +73,10 @@ SWITCHES = {
     "channels_last throughout": ({}, partial(inductor.patch, force_layout_optimization=True)),
     "cuDNN trying kernels": (
         {}, partial(cudnn.flags, enabled=True, benchmark=True, allow_tf32=False)
+    ),
+    "compiled with the loss": (
+        {"train.compile": "false"}, partial(patch.object, training_engine, "diffusion_loss",
+                                            torch.compile(diffusion_loss, dynamic=False)),
     ),
     "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
 }  # fmt: skip
