@@ -5,7 +5,6 @@ Its accuracy on held-out pictures is measured and kept with it: a score it gives
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import Progress
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
 from config import CLASS_NAMES
 from data import Split
-from training_monitor import replacing
+from training_monitor import progress, replacing, say
 
 INPUT_SIZE = 32  # pixels a side of what the classifier sees
 CHUNK = 500  # pictures looked at together outside training
@@ -130,9 +128,7 @@ def augmented(images: Tensor, shift: int) -> Tensor:
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def train_classifier(
-    train: Split, recipe: Recipe, device, *, progress: Progress
-) -> Classifier:
+def train_classifier(train: Split, recipe: Recipe, device) -> Classifier:
     """A classifier trained on all images of a split, on the device, in eval mode."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
@@ -184,9 +180,8 @@ def look_at(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cached_classifier(
-    splits: dict[str, Split], device, *, recipe: Recipe = Recipe(), folder: Path = FOLDER,
-    progress: Progress, say: Callable[[str], None],
-) -> Judge:  # fmt: skip
+    splits: dict[str, Split], device, *, recipe: Recipe = Recipe(), folder: Path = FOLDER
+) -> Judge:
     """The classifier for this data, trained unless it is in the folder already.
 
     The file's name depends on the data's content and on the recipe.
@@ -205,7 +200,7 @@ def cached_classifier(
         except DAMAGED as error:  # training anew mends it
             say(f"{path} cannot be read ({type(error).__name__}); training the classifier again")
     say(f"classifier: training on {len(splits['train'])} pictures, once, into {path}")
-    model = train_classifier(splits["train"], recipe, device, progress=progress)
+    model = train_classifier(splits["train"], recipe, device)
     train, _ = look_at(model, splits["train"].images)
     held_out, found = look_at(model, splits["test"].images)
     accuracy = (found == splits["test"].labels).float().mean().item()

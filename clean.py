@@ -133,7 +133,7 @@ def main() -> int:
         refuse_second_run(folder)
     patterns = RUNS + (CACHES if args.what == "all" else ())
     paths = existing(patterns)
-    full_run = any(path.name.startswith("checkpoints") and list(path.glob("checkpoint_*.pt"))
+    full_run = any(path.name.startswith("checkpoints") and any(path.glob("*.pt"))
                    and not path.name.startswith(("checkpoints_overfit", "checkpoints_demo"))
                    for path in paths)  # fmt: skip
     return remove(paths, ask=full_run and not args.yes)

@@ -190,7 +190,7 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
         reason = error.strerror or str(error)
         return complain(f"{where}{reason}; check the path, its permissions and the disk")
     except (RuntimeError, MemoryError) as error:
-        from conditional_diffusion.memory import reraise_unless_out_of_memory
+        from conditional_diffusion.memory import is_out_of_memory
         from conditional_diffusion.processes import NoMeeting, loss_of_another
 
         if isinstance(error, NoMeeting):
@@ -198,7 +198,8 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
         if reason := loss_of_another(error):
             print(f"lost the other processes: {reason}", file=sys.stderr)
             return LOST_STATUS
-        reraise_unless_out_of_memory(error)
+        if not is_out_of_memory(error):
+            raise
         return complain("out of memory; end what else uses the device, or choose smaller settings")
     except KeyboardInterrupt:
         return 130

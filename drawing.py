@@ -12,9 +12,7 @@ from torch import Tensor
 import config as settings
 from build import build_model, build_sampler, choose_device, config_of, precision_name
 from conditional_diffusion.checkpoint import (
-    BEST,
     CheckpointError,
-    list_checkpoints,
     load_checkpoint,
     load_newest,
     require_weights,
@@ -34,8 +32,6 @@ def open_checkpoint(name: str | None) -> tuple[Path, dict]:
     that do not see the file.
     """
     asked = Path(name).expanduser() if name else None
-    if asked and asked.is_dir() and not list_checkpoints(asked) and (asked / BEST).exists():
-        asked /= BEST  # all that was kept of a run
     if asked and not asked.is_dir():
         found = asked, load_checkpoint(asked)
     else:

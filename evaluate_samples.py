@@ -181,7 +181,7 @@ def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -
     try:
         return inception_scores(
             pictures.images, splits["train"], splits["test"], cache=INCEPTION_CACHE,
-            weights=args.inception_weights, device=device, progress=progress,
+            weights=args.inception_weights, device=device,
         )  # fmt: skip
     except (InceptionUnavailable, TooFewPictures) as error:
         return {"missing": str(error)}
@@ -197,9 +197,7 @@ class Report:
         if not len(self.splits["test"]):
             raise DataError("scores need held-out pictures, of which this data has none; use more "
                             "pictures, or put some below test/")  # fmt: skip
-        self.evaluator = Evaluator(
-            self.splits, image_size, self.device, progress=progress, say=say
-        )
+        self.evaluator = Evaluator(self.splits, image_size, self.device)
         self.records: list[dict] = []
 
     def add(self, pictures: Pictures, facts: dict, suffix: str = "") -> None:

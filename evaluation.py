@@ -1,13 +1,12 @@
 """Scores of pictures against a data set, and the drawings that go with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cifar10 import Progress
 from classifier import INPUT_SIZE, cached_classifier, look_at, to_input
 from config import CLASS_NAMES
 from data import Split, spread, to_arrays, to_images, to_x_start
@@ -70,11 +69,10 @@ class Evaluator:
         image_size: pixels a side at which the model sees them.
     """
 
-    def __init__(self, splits: dict[str, Split], image_size: int, device, *, progress: Progress,
-                 say: Callable[[str], None]):  # fmt: skip
+    def __init__(self, splits: dict[str, Split], image_size: int, device):
         self.train, self.held_out = splits["train"], splits["test"]
         self.image_size, self.device = image_size, device
-        self.judge = cached_classifier(splits, device, progress=progress, say=say)
+        self.judge = cached_classifier(splits, device)
 
     def facts(self) -> dict:
         return {

@@ -2,8 +2,7 @@
 
 import math
 import statistics
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 SPIKE = 2.0  # times the median of the records before
 STUCK = 0.99  # of the loss at the start: above it nothing has been learned
@@ -28,46 +27,29 @@ def lowest(records: Sequence[dict], key: str) -> dict:
     return min(records, key=lambda record: (math.isnan(record[key]), record[key]))
 
 
-class LossWatch:
-    """Warns of a loss that jumps, and, once, of one that never leaves its start value.
+def records_at_full_rate(train: Sequence[dict]) -> int:
+    """Since the learning rate reached its highest value: the end of the warm-up."""
+    rates = [record["learning_rate"] for record in train]
+    return len(rates) - 1 - rates.index(max(rates)) if rates else 0
 
-    Args:
-        records: of training, that a continued run has written before.
-    """
 
-    def __init__(self, records: Iterable[dict] = ()):
-        self.first: list[float] = []
-        self.recent: deque[float] = deque(maxlen=RECENT)
-        self.highest_rate, self.count, self.said_dead = 0.0, 0, False
-        for record in records:
-            self.warnings(record)
-
-    def warnings(self, record: dict) -> list[str]:
-        """Take the next record; the sentences that its loss calls for."""
-        found, loss = [], record["loss"]
-        if len(self.recent) >= RECENT // 2:
-            usual = statistics.median(self.recent)
-            if loss > SPIKE * usual:
-                found.append(
-                    f"loss {loss:.4g} is {loss / usual:.1f} times what was usual before; if it "
-                    "stays there, continue from an earlier checkpoint with a lower "
-                    "train.learning_rate"
-                )
-        if len(self.first) < FIRST:
-            self.first.append(loss)
-        self.recent.append(loss)
-        self.count += 1
-        if record["learning_rate"] > self.highest_rate:  # still warming up
-            self.highest_rate, self.count = record["learning_rate"], 0
-        if self.count >= JUDGED and not self.said_dead:
-            start, now = statistics.fmean(self.first), statistics.fmean(self.recent)
-            if now > STUCK * start:
-                self.said_dead = True
-                found.append(
-                    f"loss {now:.4g} is still where it began ({start:.4g}): nothing is learned; "
-                    "look at the originals in samples/ and at train.learning_rate"
-                )
-        return found
+def loss_findings(train: Sequence[dict]) -> list[str]:
+    """What the last record says: a loss that jumps, or, once, that never left its start value."""
+    found = []
+    losses = [record["loss"] for record in train]
+    before, loss = losses[-RECENT - 1 : -1], losses[-1]
+    if len(before) >= RECENT // 2 and loss > SPIKE * (usual := statistics.median(before)):
+        found.append(
+            f"loss {loss:.4g} is {loss / usual:.1f} times what was usual before; if it stays "
+            "there, continue from an earlier checkpoint with a lower train.learning_rate"
+        )
+    start, now = statistics.fmean(losses[:FIRST]), statistics.fmean(losses[-RECENT:])
+    if records_at_full_rate(train) == JUDGED and now > STUCK * start:
+        found.append(
+            f"loss {now:.4g} is still where it began ({start:.4g}): nothing is learned; look at "
+            "the originals in samples/ and at train.learning_rate"
+        )
+    return found
 
 
 def quarter_words(train: Sequence[dict]) -> list[str]:
@@ -77,12 +59,10 @@ def quarter_words(train: Sequence[dict]) -> list[str]:
     is more than STUCK of the start, diverging more than SPIKE times the best.
     """
     words = []
-    rates = [record["learning_rate"] for record in train]
-    warmup = rates.index(max(rates)) + 1 if rates else 0
     for quarter in range(len(train[-1]["loss_quarters"]) if train else 0):
         losses = [record["loss_quarters"][quarter] for record in train]
         losses = [loss for loss in losses if loss is not None]
-        if len(train) - warmup < JUDGED or len(losses) < JUDGED:
+        if min(records_at_full_rate(train), len(losses)) < JUDGED:
             words.append("too early")
             continue
         stretches = [statistics.fmean(losses[i : i + RECENT])

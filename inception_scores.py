@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar10 import CONNECTION_SECONDS, Progress
+from cifar10 import CONNECTION_SECONDS
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
 from data import Split, to_images, to_x_start
-from training_monitor import replacing, write_json
+from training_monitor import progress, replacing, write_json
 
 EXTRACTOR = "inception-v3-compat"  # torch-fidelity's port of the network that defines FID
 FEATURES, LOGITS = "2048", "logits_unbiased"  # its layers; the second is for Inception Score
@@ -49,7 +49,6 @@ class TooFewPictures(Exception):
 def inception_scores(
     pictures: Tensor, reference: Split, held_out: Split, *, cache: Path,
     weights: str | Path | None = None, device="cpu", batch_size: int = 64,
-    progress: Progress = lambda items, total, what: items,
 ) -> dict:  # fmt: skip
     """Scores of pictures uint8 (N, 3, S, S), JSON-able, beside those of n_floor held-out images.
 
@@ -72,7 +71,7 @@ def inception_scores(
     import torch_fidelity
 
     image_size = pictures.shape[-1]
-    extract = partial(extract_features, network, image_size, batch_size, progress)
+    extract = partial(extract_features, network, image_size, batch_size)
     facts = {
         "extractor": EXTRACTOR, "torch_fidelity": torch_fidelity.__version__,
         "weights_sha256": weights_sha256, "published_weights": weights_sha256 == PUBLISHED_SHA256,
@@ -150,8 +149,7 @@ def published_weights(url: str) -> Path:
 
 @torch.no_grad()
 def extract_features(
-    network: torch.nn.Module, image_size: int, batch_size: int, progress: Progress,
-    images: Tensor, what: str,
+    network: torch.nn.Module, image_size: int, batch_size: int, images: Tensor, what: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Features (N, 2048) and logits (N, 1008), float32 on the CPU, of uint8 images (N, 3, S, S)."""
     device = next(network.parameters()).device

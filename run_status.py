@@ -129,9 +129,7 @@ def seconds_left(run: Run) -> float | None:
     """Of a run that lives; None where that is not known."""
     if run.facts["state"] != "running":
         return None
-    # Records from before this start are a resumed run's: the pause is no time per step.
-    ours = [record for record in run.train if record["time"] >= run.facts["started"]]
-    return time_left(ours, run.facts["total_steps"])
+    return time_left(run.train, run.facts["started"], run.facts["total_steps"])
 
 
 def speed_text(run: Run) -> str:

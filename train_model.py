@@ -186,27 +186,21 @@ def has_cleared_away() -> bool:
 
 @contextmanager
 def stopping_on_signals(run: Run):
-    """The first SIGINT or SIGTERM ends the run after its current step; a later one at once.
-
-    Yields the list in which the signal will be noted.
-    """
-    received: list[int] = []
+    """The first SIGINT or SIGTERM ends the run after its current step; a later one at once."""
     asked_at = -math.inf
 
     def request_stop(number, frame):
         nonlocal asked_at
         if time.monotonic() < asked_at + SAME_REQUEST_SECONDS:
             return
-        if received:
+        if run.stop_signal:
             raise KeyboardInterrupt
-        asked_at = time.monotonic()
-        received.append(number)
-        run.wants_to_stop = True
+        asked_at, run.stop_signal = time.monotonic(), number
         say("stopping after this step; the run will be saved (once more: stop at once)")
 
     earlier = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
     try:
-        yield received
+        yield
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
@@ -316,11 +310,11 @@ def session(run: Run) -> int:
         run.monitor.begin(run.engine.step, settings.to_dict(run.config))
         if run.config.mode in ("overfit", "quick-test"):
             run.draw_originals()
-    with stopping_on_signals(run) as received:
+    with stopping_on_signals(run):
         complete = run.train()
     if not complete:
         # A signal need not have reached every process.
-        number = run.processes.extreme(received[0] if received else 0, largest=True)
+        number = run.processes.extreme(run.stop_signal, largest=True)
         return 128 + number if number else TIME_LIMIT_STATUS
     return 0 if run.config.mode != "overfit" or run.verdict() else 1
 

@@ -159,8 +159,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
-def time_left(records: Sequence[dict], total_steps: int) -> float | None:
-    """Seconds, at the pace of the last records of a session; None where that is not known."""
+def time_left(train: Sequence[dict], started: float, total_steps: int) -> float | None:
+    """Seconds, at the pace of the last training records; None where that is not known."""
+    # Records from before this start are a resumed run's: the pause is no time per step.
+    records = [record for record in train if record["time"] >= started]
     if len(records) < 2:
         return None
     first, last = records[-PACE:][0], records[-1]
@@ -214,16 +216,16 @@ class TrainingMonitor:
         self.samples.mkdir(exist_ok=True)  # an earlier run's may have been moved aside
         write_json(self.folder / "run.json", self.facts)
         write_json(self.folder / "config.json", config)
-        kept = [record for record in read_metrics(self.folder) if record["step"] <= step]
+        self.records = [r for r in read_metrics(self.folder) if r["step"] <= step]
         with replacing(self.folder / "metrics.jsonl") as unfinished:
-            unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            unfinished.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         if step > 0:
             self.append("resume", step=step)
         self.bar = tqdm(
             total=self.facts["total_steps"], initial=step, unit="step", disable=None,
             dynamic_ncols=True, smoothing=0.1,
         )  # fmt: skip
-        self.last_line, self.records = 0.0, []
+        self.last_line = 0.0
 
     def end(self, state: str) -> None:
         """Note how the run ended: "finished" or "interrupted"."""
@@ -238,6 +240,7 @@ class TrainingMonitor:
         epoch = round(values["step"] / self.facts["steps_per_epoch"], 3)
         record = {"kind": kind, "epoch": epoch, **values, "time": time.time()}
         append_record(self.folder / "metrics.jsonl", record)
+        self.records.append(record)
 
     def warn(self, step: int, message: str) -> None:
         """Say what looks wrong, and record it."""
@@ -258,18 +261,17 @@ class TrainingMonitor:
             self.warnings = 0
             return
         self.append(kind, **values)
-        self.records = [*self.records[-PACE:], {"step": step, "time": time.time()}]
         shown = {"loss": f"{values['loss']:.4f}"}
         shown["images/s"] = f"{values['images_per_second']:.1f}"
         self.bar.set_postfix(shown)
         if self.bar.disable and time.time() - self.last_line >= LINE_SECONDS:
             self.last_line = time.time()
-            say(self.progress_line(shown))
+            say(self.progress_line(step, shown))
 
-    def progress_line(self, shown: dict) -> str:
+    def progress_line(self, step: int, shown: dict) -> str:
         total = self.facts["total_steps"]
-        left = time_left(self.records, total)
-        return f"step {self.records[-1]['step']}/{total}, " + ", ".join(
+        left = time_left(*by_kind(self.records, "train"), self.facts["started"], total)
+        return f"step {step}/{total}, " + ", ".join(
             f"{name} {value}" for name, value in shown.items()
         ) + ("" if left is None else f", {duration(left)} left")  # fmt: skip
 
@@ -284,7 +286,7 @@ class TrainingMonitor:
 
     def draw_curves(self) -> None:
         self.curves_drawn = time.monotonic()
-        draw_curves(read_metrics(self.folder), self.folder / "training_curves.png")
+        draw_curves(self.records, self.folder / "training_curves.png")
 
 
 def sample_path(folder: Path, step: int, name: str) -> Path:

@@ -21,13 +21,12 @@ from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, spread, to_arrays, to_x_start
 from gpu_status import EnergyMeter, first_line
-from health import LossWatch, picture_findings, validation_findings
+from health import loss_findings, picture_findings, validation_findings
 from scores import nearest_images
 from training_monitor import (
     TrainingMonitor,
     by_kind,
     labelled_grid,
-    read_metrics,
     sample_path,
     save_image,
     say,
@@ -127,7 +126,7 @@ class Run:
             autocast_dtype=training_dtype(config, device), processes=self.processes,
         )  # fmt: skip
         self.monitor: TrainingMonitor | None = None  # of the process that leads
-        self.wants_to_stop = False  # of this process alone, until all know of it
+        self.stop_signal = 0  # that asked this process, and so all, to stop
         self.saved_at = time.monotonic()
         self.best_loss = math.inf  # validation loss of best.pt
         self.validated = (-1, math.inf)  # step and EMA loss of the last validation
@@ -139,10 +138,6 @@ class Run:
         uuid = str(torch.cuda.get_device_properties(device).uuid) if on_cuda else None
         self.energy_meter = EnergyMeter(uuid)
         self.reported_skips = self.engine.skipped_steps
-        self.loss_watch = LossWatch(
-            record for record in by_kind(read_metrics(folder), "train")[0]
-            if record["step"] <= self.engine.step
-        )  # fmt: skip
         self.validation = self.spread_images(splits["test"], train.validation_images)
 
     def with_fitting_batch(self, config: Config, device: torch.device) -> Config:
@@ -214,7 +209,7 @@ class Run:
             return
         monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device),
                        energy_joules=energy_joules)  # fmt: skip
-        for warning in self.loss_watch.warnings(metrics):
+        for warning in loss_findings(*by_kind(monitor.records, "train")):
             monitor.warn(step, warning)
 
     def validate(self) -> None:
@@ -234,8 +229,7 @@ class Run:
         if not self.monitor:
             return
         if self.config.mode == "full":  # the others memorise on purpose
-            records = read_metrics(self.folder)
-            train, validation = by_kind(records, "train", "validation")
+            train, validation = by_kind(self.monitor.records, "train", "validation")
             for finding in validation_findings(train, [*validation, record]):
                 self.monitor.warn(self.engine.step, finding)
         self.monitor.record("validation", **record)
@@ -322,7 +316,8 @@ class Run:
             if overdue:
                 self.saved_at = now  # asking once is enough
             # Clocks and signals differ between processes; what follows from them must not.
-            stop, overdue = self.processes.agree(self.wants_to_stop or now > deadline, overdue)
+            ending = self.stop_signal > 0 or now > deadline
+            stop, overdue = self.processes.agree(ending, overdue)
             save_is_due |= overdue
 
             # The first step of all is logged at once; a resumed run keeps to the rhythm.

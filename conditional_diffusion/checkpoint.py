@@ -27,7 +27,7 @@ REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema",
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
            AssertionError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
 BEST = "best.pt"
-NAME = re.compile(r"checkpoint_(\d{8})\.pt")
+NAME = re.compile(r"best\.pt|checkpoint_\d{8}\.pt")
 
 
 class CheckpointError(Exception):
@@ -43,9 +43,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; an absent folder has none."""
-    paths = Path(folder).glob("checkpoint_*.pt")
-    return sorted(path for path in paths if NAME.fullmatch(path.name))
+    """The checkpoints in a folder, best.pt, then oldest first; an absent folder has none."""
+    return sorted(path for path in Path(folder).glob("*.pt") if NAME.fullmatch(path.name))
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -119,7 +118,7 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
     finally:
         with suppress(OSError):  # gone already unless something failed, which is then the news
             unfinished.unlink()
-    others = [other for other in list_checkpoints(folder) if other != path]
+    others = [other for other in list_checkpoints(folder) if other.name not in (path.name, BEST)]
     for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink()
     return path

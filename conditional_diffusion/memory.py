@@ -34,12 +34,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return known or any(words in str(error) for words in MEMORY_WORDS)
 
 
-def reraise_unless_out_of_memory(error: Exception) -> None:
-    """Return if error means that memory ran out; raise it again if it is any other error."""
-    if not is_out_of_memory(error):
-        raise error
-
-
 def keep_freed_memory() -> None:
     """Let this process keep what it frees for its next allocation, where the C library is glibc.
 
@@ -69,7 +63,8 @@ def in_parts(work: Callable[[slice], Result], count: int, size: int, what: str) 
         try:
             results.append(work(slice(start, start + size)))
         except MEMORY_ERRORS as error:
-            reraise_unless_out_of_memory(error)
+            if not is_out_of_memory(error):
+                raise
         else:
             start += size
             continue

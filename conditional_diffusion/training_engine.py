@@ -24,8 +24,8 @@ from .memory import (
     OutOfMemory,
     empty_caches,
     in_parts,
+    is_out_of_memory,
     logger,
-    reraise_unless_out_of_memory,
 )
 from .noise_scheduler import CosineNoiseScheduler
 from .processes import Processes, average_gradients
@@ -220,7 +220,8 @@ class TrainingEngine:
             try:
                 return self._compute_gradients(x_start, class_labels)
             except MEMORY_ERRORS as error:
-                reraise_unless_out_of_memory(error)
+                if not is_out_of_memory(error):
+                    raise
             # Out here nothing holds on to the memory of the attempt any more.
             if self.tied:
                 # The others are already waiting for the gradients of the whole share.

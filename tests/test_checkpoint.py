@@ -103,6 +103,8 @@ def test_list_is_by_step_and_an_absent_folder_has_none(tmp_path):
         checkpoint_path(tmp_path, step).touch()
     checkpoint_path(tmp_path, 8).with_suffix(".tmp").touch()
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, s) for s in (9, 100, 20_000)]
+    (tmp_path / "best.pt").touch()  # the last resort
+    assert list_checkpoints(tmp_path)[0] == tmp_path / "best.pt"
     assert list_checkpoints(tmp_path / "absent") == []
 
 

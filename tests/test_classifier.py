@@ -12,10 +12,6 @@ from data import draw_pictograms
 SMALL = Recipe(widths=(8, 16, 16), epochs=8, batch_size=50)
 
 
-def silent(items, total, what):
-    return items
-
-
 @pytest.fixture(scope="module")
 def splits():
     return draw_pictograms(
@@ -24,10 +20,9 @@ def splits():
 
 
 def make(splits, folder, said, recipe=SMALL):
-    return cached_classifier(
-        splits, torch.device("cpu"), recipe=recipe, folder=folder, progress=silent,
-        say=said.append,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "say", said.append)
+        return cached_classifier(splits, torch.device("cpu"), recipe=recipe, folder=folder)
 
 
 def test_it_learns_is_cached_and_says_how_good_it_is(splits, tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from conditional_diffusion import CosineNoiseScheduler, TrainingEngine
 from conditional_diffusion.checkpoint import load_newest
 from config import CLASS_NAMES
 from data import TrainingBatches
-from health import LossWatch
 from training_monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -255,10 +254,9 @@ def test_losses_past_the_checkpoint_do_not_count_twice(call, monkeypatch):
     with open("checkpoints/metrics.jsonl", "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in later)
     seen = []
-    watch = LossWatch()
-    monkeypatch.setattr(training_run, "LossWatch", lambda records: seen.extend(records) or watch)
+    monkeypatch.setattr(training_run, "loss_findings", lambda train: seen.append(train) or [])
     assert call(train_model, *arguments, "--epochs", 2)[0] == 0
-    assert len(seen) == 4 and max(record["loss"] for record in seen) < 77
+    assert len(seen[0]) == 5 and max(record["loss"] for record in seen[0]) < 77
 
 
 def test_batches_that_diverge_are_skipped_with_a_warning_in_the_records(call, monkeypatch):
@@ -340,13 +338,13 @@ def test_a_checkpoint_of_other_code_is_refused_with_its_name(call, monkeypatch):
 
 def test_one_request_to_stop_may_come_twice(monkeypatch):
     """make, launchers and schedulers hand on what the process has got already."""
-    run, now = SimpleNamespace(wants_to_stop=False), [100.0]
+    run, now = SimpleNamespace(stop_signal=0), [100.0]
     monkeypatch.setattr(train_model.time, "monotonic", lambda: now[0])
-    with train_model.stopping_on_signals(run) as received:
+    with train_model.stopping_on_signals(run):
         for seconds in (0, 0.01, 1.9):
             now[0] = 100 + seconds
             signal.raise_signal(signal.SIGTERM)
-            assert run.wants_to_stop and received == [signal.SIGTERM]
+            assert run.stop_signal == signal.SIGTERM
         now[0] = 102.1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -46,10 +46,7 @@ def splits():
 
 @pytest.fixture
 def evaluator(splits):
-    return Evaluator(
-        splits, 32, torch.device("cpu"), progress=lambda items, total, what: items,
-        say=lambda line: None,
-    )  # fmt: skip
+    return Evaluator(splits, 32, torch.device("cpu"))
 
 
 def test_training_pictures_score_as_copies_of_themselves(evaluator, splits):

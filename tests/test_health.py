@@ -6,14 +6,14 @@ import random
 import pytest
 import torch
 
-from health import JUDGED, LossWatch, picture_findings, quarter_words, validation_findings
+from health import JUDGED, loss_findings, picture_findings, quarter_words, validation_findings
 
 WARMUP = 5  # records
 
 
 def course(*losses: float) -> list[str]:
-    watch = LossWatch()
-    return [sentence for record in records(losses) for sentence in watch.warnings(record)]
+    train = records(losses)
+    return [sentence for n in range(len(train)) for sentence in loss_findings(train[: n + 1])]
 
 
 def records(losses, **more) -> list[dict]:
@@ -63,12 +63,6 @@ def test_a_run_that_begins_well_and_learns_slowly_is_left_in_peace():
 
 def test_a_plateau_below_the_start_is_no_dead_run():
     assert course(*falling(30), *[0.06] * 100) == []
-
-
-def test_a_continued_run_remembers_what_was_usual():
-    next_one = records([0.5] * 51)[-1]
-    assert LossWatch(records(falling(50))).warnings(next_one)
-    assert not LossWatch(records([0.5] * 50)).warnings(next_one)  # said before the interruption
 
 
 def test_every_noise_level_has_a_word():

@@ -67,7 +67,7 @@ REFERENCE, HELD_OUT = split(images(12, 0)), split(images(6, 1))
 
 
 @pytest.fixture
-def score(weights, tmp_path):
+def score(weights, tmp_path, monkeypatch):
     """score(pictures, **changes): the scores, and in score.extracted what was extracted anew."""
 
     def run(pictures, reference=REFERENCE, held_out=HELD_OUT, **changes):
@@ -79,8 +79,9 @@ def score(weights, tmp_path):
             assert len(batches) == total
             return batches
 
+        monkeypatch.setattr(module, "progress", progress)
         options = {"cache": tmp_path / "cache", "weights": weights, "batch_size": 5, **changes}
-        return module.inception_scores(pictures, reference, held_out, progress=progress, **options)
+        return module.inception_scores(pictures, reference, held_out, **options)
 
     return run
 

@@ -184,7 +184,7 @@ def test_torch_is_one_that_the_product_supports():
 
 def test_clean_removes_runs_only_after_listing_them(copy):
     for name in ("checkpoints_demo/a.pt", "generated_images/grid.png", "data/mine/cat.png",
-                 "data/prepared/x/info.json", "checkpoints/checkpoint_00000001.pt"):  # fmt: skip
+                 "data/prepared/x/info.json", "checkpoints/best.pt"):  # fmt: skip
         path = copy / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")

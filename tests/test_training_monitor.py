@@ -65,7 +65,7 @@ def test_progress_lines_know_no_time_left_before_the_second_record(tmp_path, mon
     clock = iter(range(0, 10**9, 24000))
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {"mode": "demo"})
-        monitor.bar.disable = True
+        monitor.bar.disable, monitor.facts["started"] = True, 0
         for step in (0, 10):
             now = next(clock)
             monkeypatch.setattr(training_monitor.time, "time", lambda now=now: now)
