@@ -110,6 +110,8 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
                 unfinished.hardlink_to(path)  # takes no space of its own while both exist
             except OSError:  # a file system without links
                 shutil.copyfile(path, unfinished)
+                with open(unfinished, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(unfinished, path.with_name(BEST))
         flush_folder(path.parent)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:

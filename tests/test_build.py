@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from test_noise_scheduler import published_alphas_cumprod
+from torch.testing import assert_close
 
 import build
 from build import build_model, build_sampler, sampling_dtype, training_dtype
+from conditional_diffusion import DDIMSampler, DPMSolverSampler
 from config import apply_overrides, full
 
 CUDA = torch.device("cuda")
@@ -87,3 +90,33 @@ def test_float32_means_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     build.choose_device(apply_overrides(full(), {"train.device": "cpu"}))
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_settings_reach_the_samplers():
+    config = apply_overrides(full(), SMALL | {
+        "sample.sampler": "ddim", "sample.grid_sampler": "ddim", "sample.eta": 0.3,
+        "sample.num_inference_steps": 5, "sample.grid_steps": 3, "sample.guidance_scale": 3.5,
+        "sample.guidance_interval": (0.2, 0.7), "sample.clip_x_start": False,
+    })  # fmt: skip
+    _, scheduler = build_model(config, CPU)
+    for grid, steps in ((False, 5), (True, 3)):
+        sampler = build_sampler(config, scheduler, grid=grid)
+        assert type(sampler) is DDIMSampler and sampler.num_inference_steps == steps
+        assert (sampler.eta, sampler.guidance_scale, sampler.clip_x_start) == (0.3, 3.5, False)
+        assert sampler.guidance_interval == (0.2, 0.7)
+    config = apply_overrides(config, {"sample.grid_sampler": "dpm-solver++"})
+    assert type(build_sampler(config, scheduler, grid=True)) is DPMSolverSampler
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_network_and_schedule_are_those_of_the_config(prediction_type):
+    config = apply_overrides(full(), SMALL | {
+        "diffusion.prediction_type": prediction_type, "diffusion.reference_size": 64,
+        "diffusion.num_train_timesteps": 50,
+    })  # fmt: skip
+    model, scheduler = build_model(config, CPU)
+    assert scheduler.prediction_type == model.wiener.prediction_type == prediction_type
+    plain = torch.tensor(published_alphas_cumprod(50), dtype=torch.float64)
+    ratio = scheduler.snr(torch.arange(50)).double() / (plain / (1 - plain))
+    assert_close(ratio, torch.full_like(ratio, (64 / 16) ** 2), rtol=1e-5, atol=0)
+    assert torch.equal(model.wiener.alphas_cumprod, scheduler.alphas_cumprod)

@@ -20,7 +20,9 @@ from conditional_diffusion.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    require_classes,
     require_space,
+    require_weights,
     save_checkpoint,
 )
 
@@ -453,3 +455,43 @@ def test_what_is_not_finite_is_never_saved(tmp_path, part, value):
         save_checkpoint(tmp_path, poisoned, keep=1, best=True)
     assert names(tmp_path) == ["best.pt", "checkpoint_00000001.pt"]
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
+
+
+def test_the_order_of_classes_counts():
+    with pytest.raises(CheckpointError, match="in this order"):
+        require_classes(Path("x.pt"), ("cat", "dog"), ("dog", "cat"))
+
+
+def test_weights_of_another_shape_are_refused():
+    model = torch.nn.Linear(2, 3)
+    require_weights("x", model.state_dict(), model)
+    with pytest.raises(CheckpointError, match="weight"):
+        require_weights("x", torch.nn.Linear(4, 3).state_dict(), model)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_names_follow_contents_to_the_disk(tmp_path, monkeypatch, links):
+    """With links best.pt is the file that is on the disk already."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def traced_fsync(descriptor):
+        kind = "folder" if Path(f"/proc/self/fd/{descriptor}").is_dir() else "file"
+        events.append(f"fsync {kind}")
+        fsync(descriptor)
+
+    def traced_replace(old, new):
+        events.append(f"replace {Path(new).name}")
+        replace(old, new)
+
+    def no_links(self, target):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(os, "replace", traced_replace)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    before = len(os.listdir("/proc/self/fd"))
+    path = save_checkpoint(tmp_path, state(), keep=1, best=True)
+    assert events == ["fsync file", f"replace {path.name}", *([] if links else ["fsync file"]),
+                      "replace best.pt", "fsync folder"]  # fmt: skip
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -104,3 +104,9 @@ def test_a_mirrored_picture_looks_the_same(splits):
     model = Classifier((8, 8, 8)).eval()
     images = splits["test"].images[:5]
     assert_close(look_at(model, images)[0], look_at(model, images.flip(-1))[0])
+
+
+def test_a_large_picture_is_antialiased():
+    stripes = ((torch.arange(128) % 4 % 3 > 0) * 255).byte().expand(1, 3, 128, 128)
+    found = to_input(stripes, "cpu")[..., 4:-4]  # finer than 32 pixels can show: grey
+    assert found.abs().max() < 0.1

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torch.testing import assert_close
 
 import cifar10
 import data
@@ -634,3 +635,37 @@ def test_the_same_folder_is_prepared_anew_for_other_classes(tmp_path, monkeypatc
     splits, said = load(data_dir=str(source))
     assert any("preparing" in line for line in said)
     assert splits["train"].images[0, 0, 3, 4] == 180  # of class 9 before
+
+
+def test_incomplete_batches_are_left_out():
+    source = batches()  # ten images, four at a time
+    assert source.steps_per_epoch == 2
+    iterator = source.starting_at(0)
+    assert [len(next(iterator)[1]) for _ in range(5)] == [4] * 5
+
+
+def test_seeds_and_epochs_and_steps_share_no_order():
+    split = Split(torch.zeros(50, 3, 4, 4).byte(), torch.zeros(50).long())
+    first, second = (
+        TrainingBatches(split, DataConfig(image_size=4), 10, seed, "cpu") for seed in (0, 1)
+    )
+    assert first.epoch_order(1).tolist() != second.epoch_order(0).tolist()
+    assert first.mirrored(64, 0).tolist() != first.mirrored(64, 1).tolist()
+
+
+def test_without_horizontal_flip_no_picture_is_mirrored():
+    ramp = torch.arange(4).byte().view(1, 1, 1, 4).expand(200, 3, 4, 4)
+    config = DataConfig(image_size=4, horizontal_flip=False)
+    source = TrainingBatches(Split(ramp, torch.zeros(200).long()), config, 200, 0, "cpu")
+    assert_close(next(source.starting_at(0))[0], ramp / 127.5 - 1)
+
+
+def test_labels_are_part_of_the_fingerprint():
+    pixels, labels = torch.zeros(4, 3, 2, 2).byte(), torch.arange(4)
+    assert Split(pixels, labels).fingerprint() != Split(pixels, labels.flip(0)).fingerprint()
+
+
+def test_held_out_pictograms_are_no_other_seeds_training_pictures():
+    config = DataConfig(dataset="pictograms", image_size=16, samples_per_class=20)
+    first, second = (data.draw_pictograms(config, seed) for seed in (0, 1))
+    assert not torch.equal(first["test"].images[:2], second["train"].images[:2])

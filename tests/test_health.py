@@ -125,3 +125,9 @@ def test_flat_and_tinted_pictures_are_found():
     green = data[:20] + torch.tensor([0, 0.5, 0]).view(3, 1, 1)
     (finding,) = picture_findings(green, data)
     assert "pictures have green at +0.5" in finding
+
+
+def test_a_missing_colour_is_named():
+    x_start = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.2
+    (finding,) = picture_findings(x_start[:20] - torch.tensor([0, 0, 0.5]).view(3, 1, 1), x_start)
+    assert "blue at -0.2" in finding

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_noise_scheduler import published_alphas_cumprod
 from torch import nn
 from torch.testing import assert_close
 
@@ -475,3 +476,15 @@ def test_out_of_memory_with_one_picture_is_a_sentence(schedule):
     sampler = DDPMSampler(schedule(), num_inference_steps=3)
     with pytest.raises(OutOfMemory, match="pictures one at a time"):
         sampler.sample(network, torch.arange(4), (3, 4, 4), range(4))
+
+
+def test_samplers_walk_the_shifted_schedule(schedule):
+    sampler = DDIMSampler(schedule(50, image_size=128, reference_size=32), num_inference_steps=5)
+    for t, plain in enumerate(published_alphas_cumprod(50)):
+        odds = plain / (1 - plain) / 16  # the signal-to-noise ratio times (32 / 128)^2
+        assert sampler.alpha_bar(t).item() == pytest.approx(odds / (1 + odds), rel=1e-9)
+
+
+def test_sampling_keeps_no_graph(schedule, awake_model):
+    sampler = DDPMSampler(schedule(), num_inference_steps=2)
+    assert not sampler.sample(awake_model(), torch.tensor([1]), (3, 16, 16), [0]).requires_grad

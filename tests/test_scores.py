@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from scores import (
+    NEIGHBOURS,
     Neighbours,
     colour_statistics,
     confusion_matrix,
@@ -105,3 +106,18 @@ def test_colours_are_those_of_numpy():
     values = images.numpy().astype(np.float64)
     assert found["mean"] == pytest.approx(values.mean((0, 2, 3)))
     assert found["std"] == pytest.approx(values.std((0, 2, 3)))
+
+
+def test_a_copy_is_nearer_than_half_the_mean_of_fifty_neighbours():
+    assert NEIGHBOURS == 50
+    # Half the means of these rows are 0.4275 and 0.43.
+    distances = torch.tensor([[0.42, 1.0, 1.0, 1.0], [0.44, 1.0, 1.0, 1.0]])
+    found = near_copies(Neighbours(torch.zeros(2, 4).long(), distances))
+    assert found.tolist() == [True, False]
+
+
+def test_small_distances_far_from_the_origin_keep_their_digits():
+    rows = 100 + torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    found = nearest(rows + 1e-3, rows, 1)
+    assert found.index[:, 0].tolist() == list(range(40))
+    assert_close(found.distances[:, 0], torch.full((40,), 8e-3), rtol=0.01, atol=0)

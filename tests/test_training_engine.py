@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from conditional_diffusion import TrainingEngine
 from conditional_diffusion.memory import OutOfMemory
+from conditional_diffusion.processes import Processes
 from conditional_diffusion.training_engine import (
     TrainingDiverged,
     drop_labels,
@@ -675,3 +676,54 @@ def test_training_can_be_left_after_any_step(schedule):
             break
     assert not engine.complete and (engine.step, len(taken)) == (3, 3)
     assert list(engine.train(counted(images(2), taken))) == [4, 5, 6, 7]
+
+
+def test_first_step_is_that_of_adamw(schedule):
+    """Kingma & Ba 2015, alg. 1, with decays of 0.9 and 0.99 and epsilon 1e-8."""
+    engine = engine_for(Probe(), schedule(), grad_clip=1e9, learning_rate=0.1)
+    before = engine.model.value.item()
+    engine.train_step(*images(8))
+    g = engine.take_metrics()["grad_norm"]
+    (moments,) = engine.optimizer.state.values()
+    assert abs(moments["exp_avg"].item()) == pytest.approx(0.1 * g, rel=1e-5)
+    assert moments["exp_avg_sq"].item() == pytest.approx(0.01 * g**2, rel=1e-5)
+    moved = abs(engine.model.value.item() - before)
+    assert moved == pytest.approx(0.1 * g / (g + 1e-8), rel=1e-6)
+
+
+def test_validation_has_the_precision_of_training(schedule):
+    seen = []
+
+    class Multiplying(Probe):
+        def forward(self, x_t, timesteps, class_labels):
+            seen.append(torch.mm(x_t[0, 0], x_t[0, 0]).dtype)
+            return super().forward(x_t, timesteps, class_labels)
+
+    engine = engine_for(Multiplying(), schedule(), autocast_dtype=torch.bfloat16)
+    engine.validation_loss(engine.model, torch.zeros(2, 3, 4, 4), torch.arange(2), 2)
+    assert seen == [torch.bfloat16]
+
+
+def test_processes_have_dropout_of_their_own(schedule):
+    drawn = []
+
+    class Drawing(Probe):
+        def forward(self, *inputs):
+            drawn.append(torch.rand(8))
+            return super().forward(*inputs)
+
+    for rank in (0, 1):
+        engine = engine_for(
+            Drawing(), schedule(), class_dropout_prob=0.0, processes=Processes(rank, 2, rank)
+        )
+        engine._compute_gradients(torch.zeros(2, 3, 4, 4), torch.arange(4))
+    assert not torch.equal(*drawn)
+
+
+def test_neither_noise_nor_losses_are_clipped(schedule):
+    model = Probe()
+    model.value.data.fill_(3.0)  # far off: losses near 10
+    engine = engine_for(model, schedule(), min_snr_gamma=0.0, class_dropout_prob=0.0)
+    engine.train_step(torch.zeros(64, 3, 16, 16), torch.zeros(64, dtype=torch.long))
+    assert model.calls[0][0].abs().max() > 3.2  # of 49152 normal draws
+    assert engine.take_metrics()["loss"] > 5

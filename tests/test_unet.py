@@ -5,10 +5,19 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 
 from conditional_diffusion import CosineNoiseScheduler, UNet
-from conditional_diffusion.unet import FILTER_SIZE, patch_basis, timestep_embedding
+from conditional_diffusion.unet import (
+    FILTER_SIZE,
+    ResBlock,
+    SelfAttention,
+    group_norm,
+    patch_basis,
+    timestep_embedding,
+)
 from config import ModelConfig
 
 
@@ -207,3 +216,47 @@ def test_unusual_widths_work(tiny_model, base_channels):
     model = tiny_model(base_channels=base_channels, channel_mult=(1, 2))
     x_t = torch.randn(2, 3, 16, 16)
     assert model(x_t, torch.tensor([0, 5]), torch.tensor([1, 2])).shape == x_t.shape
+
+
+def test_attention_is_the_formula():
+    """Vaswani et al. 2017, eq. 1, head by head."""
+    torch.manual_seed(0)
+    block = SelfAttention(12, head_channels=4)
+    nn.init.normal_(block.out.weight, std=0.3)
+    x = torch.randn(2, 12, 3, 5)
+    rows = F.conv2d(block.norm(x), block.qkv.weight, block.qkv.bias).flatten(2).mT  # (2, 15, 36)
+    heads = []
+    for first in (0, 4, 8):
+        q, k, v = (part[:, :, first : first + 4] for part in rows.chunk(3, dim=2))
+        heads.append((q @ k.mT / 4**0.5).softmax(-1) @ v)
+    found = torch.cat(heads, dim=2).mT.reshape(2, 12, 3, 5)
+    expected = x + F.conv2d(found, block.out.weight, block.out.bias)
+    assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_block_is_the_formula():
+    """Dhariwal & Nichol 2021, sec. 3: norm, SiLU, convolution, twice; scale and shift between."""
+    torch.manual_seed(0)
+    block = ResBlock(8, 12, 6, 0.0)
+    nn.init.normal_(block.conv2.weight, std=0.3)
+    x, cond = torch.randn(2, 8, 5, 5), torch.randn(2, 6)
+    h = F.silu(F.group_norm(x, 2))
+    h = F.group_norm(F.conv2d(h, block.conv1.weight, block.conv1.bias, padding=1), 1)
+    scale, shift = F.linear(cond, block.condition.weight, block.condition.bias).split(12, dim=1)
+    h = F.silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    h = F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
+    skip = F.conv2d(x, block.skip.weight, block.skip.bias)
+    assert_close(block(x, cond), skip + h, rtol=1e-4, atol=1e-5)
+
+
+def test_each_branch_starts_as_no_change():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(ResBlock(8, 8, 6, 0.0)(x, torch.randn(2, 6)), x)
+    assert torch.equal(SelfAttention(8)(x), x)
+
+
+def test_heads_and_groups_of_the_default_levels():
+    """Checkpoints do not hold them."""
+    assert [SelfAttention(channels).num_heads for channels in (64, 128, 256)] == [1, 2, 4]
+    assert [group_norm(channels).num_groups for channels in (64, 128, 256)] == [16, 32, 32]

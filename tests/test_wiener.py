@@ -7,7 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from conditional_diffusion.wiener import (
-    LARGEST_UNIT,
     WienerFilter,
     dct_matrix,
     linear_prediction,
@@ -137,7 +136,20 @@ def test_rest_counts_in_units_of_what_the_guess_leaves_open(
     guess = wiener(x_t, timesteps, torch.zeros_like(x_t))
     open_ = (scheduler.training_target(x_start, noise, timesteps) - guess).std()
     unit = (wiener(x_t, timesteps, rest) - guess).std()
-    assert unit.item() == pytest.approx(min(open_.item(), LARGEST_UNIT), rel=0.02)
+    assert unit.item() == pytest.approx(min(open_.item(), 2.0), rel=0.02)
+
+
+def test_large_units_are_cut(schedule):
+    """v of data eight times as strong: what the guess leaves open is 8 / sqrt(variance of x_t)."""
+    abar = schedule().alphas_cumprod
+    wiener = WienerFilter(abar, "v_prediction", 8, 3)
+    wiener.std.fill_(8.0)
+    rest = images(1)
+    opened = [8 / math.sqrt(64 * abar[t] + 1 - abar[t]) for t in (20, 45)]
+    assert opened[0] < 2 < opened[1]
+    for t, error in zip((20, 45), opened):
+        found = wiener(torch.zeros_like(rest), torch.tensor([t]), rest)
+        assert_close(found, min(error, 2.0) * rest, rtol=1e-4, atol=1e-4)
 
 
 def test_units_are_those_of_each_frequency(make):

@@ -1,0 +1,167 @@
+"""training_run.py: that a run's parts get its settings, its data and the right weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import training_run
+from conditional_diffusion import DDPMSampler, DPMSolverSampler
+from conditional_diffusion.checkpoint import load_checkpoint
+from config import apply_overrides, full
+from data import Split, to_x_start
+from training_run import Run
+
+SMALL = {
+    "train.device": "cpu", "data.image_size": 16, "model.patch_size": 2, "model.base_channels": 16,
+    "model.channel_mult": (1, 2), "model.num_res_blocks": (1, 1), "model.attention_sizes": (4,),
+    "diffusion.num_train_timesteps": 50, "sample.num_inference_steps": 5, "sample.grid_steps": 3,
+    "train.batch_size": 10,
+}  # fmt: skip
+
+
+class Notes:
+    """Stands for the monitor: keeps what it is told."""
+
+    def __init__(self):
+        self.validations, self.drawn = [], []
+
+    def record(self, kind, **values):
+        self.validations.append(values)
+
+    def draw_samples(self, step, name, images, class_names):
+        self.drawn.append(name)
+
+
+@pytest.fixture
+def splits() -> dict[str, Split]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: Split(torch.randint(256, (n, 3, 16, 16), generator=generator).byte(),
+                    torch.arange(n) * 10 // n)
+        for name, n in (("train", 40), ("test", 20))
+    }  # fmt: skip
+
+
+@pytest.fixture
+def make_run(tmp_path, splits):
+    """make_run(saved=None, settings): a run of 40 images, four batches an epoch."""
+
+    def make(saved=None, **settings) -> Run:
+        changes = {name.replace("__", "."): value for name, value in settings.items()}
+        config = apply_overrides(full(), SMALL | changes)
+        return Run(config, tmp_path, splits, torch.device("cpu"), saved)
+
+    return make
+
+
+def test_every_setting_reaches_the_engine(make_run):
+    changes = {
+        "train__learning_rate": 0.3, "train__warmup_steps": 7, "train__final_lr_fraction": 0.4,
+        "train__weight_decay": 0.5, "train__grad_clip": 0.6, "train__class_dropout_prob": 0.7,
+        "diffusion__min_snr_gamma": 8.0, "train__ema_halflife_images": 9,
+        "train__ema_rampup_ratio": 0.11, "train__max_skipped_steps": 12, "train__seed": 13,
+    }  # fmt: skip
+    engine = make_run(**changes, train__epochs=3, train__precision="bf16").engine
+    for name, value in changes.items():
+        assert getattr(engine, name.split("__")[1]) == value, name
+    assert engine.total_steps == 12 and engine.autocast_dtype is torch.bfloat16
+
+
+def test_validation_images_are_held_out_and_spread(make_run, splits):
+    run = make_run(train__validation_images=10)
+    index = torch.arange(0, 20, 2)
+    assert_close(run.validation[0], to_x_start(splits["test"].images[index], 16))
+    assert run.validation[1].tolist() == splits["test"].labels[index].tolist()
+
+
+def test_network_and_average_have_seen_all_training_images(make_run, splits):
+    run = make_run()
+    x_start = to_x_start(splits["train"].images, 16)
+    expected = run.model.wiener.spectrum(x_start).square().mean(0).sqrt()
+    for model in (run.model, run.engine.ema_model):
+        assert_close(model.wiener.std, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_validation_losses_are_of_the_named_weights_and_labels(make_run):
+    run = make_run()
+    run.monitor, run.config = Notes(), replace(run.config, mode="demo")
+    torch.manual_seed(0)
+    for parameter in run.engine.ema_model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    run.validate()
+
+    x_start, labels = run.validation
+
+    def loss_of(model, labels):
+        return run.engine.validation_loss(model, x_start, labels, 10)
+
+    ema = run.engine.ema_model
+    expected = {"loss": loss_of(run.model, labels), "loss_ema": loss_of(ema, labels),
+                "loss_null": loss_of(ema, torch.full_like(labels, 10))}  # fmt: skip
+    (record,) = run.monitor.validations
+    assert len(set(expected.values())) == 3
+    assert {name: record[name] for name in expected} == expected
+
+
+def test_grids_and_verdict_are_of_the_named_weights(make_run, monkeypatch):
+    run, asked = make_run(data__samples_per_class=1), []
+
+    def sample(model, rows, *, grid):
+        asked.append((model, rows, grid))
+        return torch.zeros(10, 3, 16, 16)
+
+    monkeypatch.setattr(run, "sample", sample)
+    run.monitor, run.config = Notes(), replace(run.config, mode="demo")
+    run.draw()
+    run.verdict()
+    ema = run.engine.ema_model
+    assert asked == [(run.model, 1, True), (ema, 1, True), (ema, 1, False)]
+    assert run.monitor.drawn == ["raw", "ema"]
+
+
+def test_grids_have_a_sampler_of_their_own(make_run, monkeypatch):
+    run, drawn = make_run(), []
+
+    def sample(self, model, labels, shape, seeds, **options):
+        drawn.append((type(self), self.num_inference_steps, seeds))
+        return torch.zeros(len(seeds), *shape)
+
+    for sampler in (DDPMSampler, DPMSolverSampler):
+        monkeypatch.setattr(sampler, "sample", sample)
+    for grid in (True, False):
+        run.sample(run.model, 2, grid=grid)
+    seeds = [0] * 10 + [1] * 10
+    assert drawn == [(DPMSolverSampler, 3, seeds), (DDPMSampler, 5, seeds)]
+
+
+def test_the_best_loss_survives_an_interruption(make_run, tmp_path):
+    run, best = make_run(), tmp_path / "best.pt"
+    run.validated = (0, 0.25)
+    run.save()
+    again, before = make_run(load_checkpoint(best)), best.read_bytes()
+    again.validated = (0, 0.5)
+    again.save()
+    assert again.best_loss == 0.25 and best.read_bytes() == before
+
+
+def test_hours_minutes_and_the_number_of_checkpoints(make_run, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training_run.time, "monotonic", lambda: now[0])
+    never = {f"train__{what}_every": 999 for what in ("log", "validate", "sample", "save")}
+    run = make_run(train__max_hours=1.0, train__save_minutes=10.0, train__keep_checkpoints=99,
+                   train__epochs=99, **never)  # fmt: skip
+    for action in ("log", "draw", "validate"):
+        monkeypatch.setattr(run, action, lambda: None)
+    steps_of = run.engine.train
+
+    def slow_steps(batches):
+        for step in steps_of(batches):
+            now[0] += 450  # seconds
+            yield step
+
+    monkeypatch.setattr(run.engine, "train", slow_steps)
+    assert not run.train() and run.engine.step == 9  # the first beyond an hour
+    saved = [int(path.stem[-8:]) for path in sorted(tmp_path.glob("checkpoint_*.pt"))]
+    assert saved == [2, 4, 6, 8, 9]
