@@ -24,7 +24,8 @@ RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[
         "checkpoints_overfit_[0-9]*", "checkpoints_demo_[0-9]*", "generated_images")  # fmt: skip
 CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pytest_cache",
           "**/__pycache__")  # fmt: skip
-SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py")
+SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py",
+           "doctor.py")  # fmt: skip
 GRACE_SECONDS = 10  # between asking a process to end and ending it
 CUDA_CACHES = (Path.home() / ".nv" / "ComputeCache", Path.home() / ".triton" / "cache")
 

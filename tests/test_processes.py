@@ -188,6 +188,12 @@ def compile_in_the_first_of_two(group: Processes) -> tuple[bool, dict]:
     return without, engine.state_dict()["model"]
 
 
+def wish_differently(joined: Processes) -> list[list[bool]]:
+    """Answers to one wish of the second process, then one of the first, and what was left open."""
+    return [joined.agree(joined.rank == 1, False), joined.agree(False, joined.leads),
+            joined.answers()]  # fmt: skip
+
+
 def work(task, rank: int, world_size: int, folder: Path, options: dict) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -242,6 +248,11 @@ def assert_same_training(found, expected) -> None:
     for name in ("loss", "loss_quarters", "grad_norm"):
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4), name
     assert loss == pytest.approx(expected_loss, rel=1e-4)
+
+
+def test_a_wish_of_any_process_is_heard_by_all_at_the_next_step(together):
+    answers = [[False, False], [True, False], [False, True]]
+    assert together(2, wish_differently) == [answers, answers]
 
 
 @pytest.mark.parametrize("world_size, micro_batches", [(2, 1), (2, 2), (4, 1)])

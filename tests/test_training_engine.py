@@ -10,7 +10,7 @@ from conftest import assert_identical
 from torch import nn
 from torch.testing import assert_close
 
-from conditional_diffusion import TrainingEngine
+from conditional_diffusion import TrainingEngine, training_engine
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.training_engine import (
@@ -727,3 +727,26 @@ def test_neither_noise_nor_losses_are_clipped(schedule):
     engine.train_step(torch.zeros(64, 3, 16, 16), torch.zeros(64, dtype=torch.long))
     assert model.calls[0][0].abs().max() > 3.2  # of 49152 normal draws
     assert engine.take_metrics()["loss"] > 5
+
+
+def test_speed_counts_training_steps_and_the_wait_for_their_batches(schedule, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training_engine.time, "perf_counter", lambda: now[0])
+    engine = engine_for(Probe(), schedule(), total_steps=3)
+    step = engine.train_step
+
+    def slow_batches():
+        while True:
+            now[0] += 1
+            yield images(8)
+
+    def slow_step(*batch):
+        now[0] += 3
+        step(*batch)
+
+    monkeypatch.setattr(engine, "train_step", slow_step)
+    for _ in engine.train(slow_batches()):
+        now[0] += 100  # what the caller does between two steps
+    metrics = engine.take_metrics()
+    assert metrics["images_per_second"] == pytest.approx(8 / 4)
+    assert metrics["data_wait"] == pytest.approx(1 / 4)
