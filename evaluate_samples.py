@@ -23,7 +23,7 @@ from conditional_diffusion.checkpoint import CheckpointError, require_classes
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
-from data import Split, load_splits, to_images
+from data import load_splits, to_images
 from drawing import Drawing, open_drawing, usable_folder
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
@@ -174,19 +174,6 @@ def at_n_floor(scores: dict, key: str) -> str:
     return f"of {scores['n_floor']} pictures {scores[f'{key}_at_n_floor']:.4g}, "
 
 
-def inception_part(pictures: Pictures, splits: dict[str, Split], args, device) -> dict:
-    """The scores from Inception features, or why there are none."""
-    if args.no_inception:
-        return {"missing": "left out by --no-inception"}
-    try:
-        return inception_scores(
-            pictures.images, splits["train"], splits["test"], cache=INCEPTION_CACHE,
-            weights=args.inception_weights, device=device,
-        )  # fmt: skip
-    except (InceptionUnavailable, TooFewPictures) as error:
-        return {"missing": str(error)}
-
-
 class Report:
     """Scores sets of pictures against one reference and writes down what it finds."""
 
@@ -199,12 +186,28 @@ class Report:
                             "pictures, or put some below test/")  # fmt: skip
         self.evaluator = Evaluator(self.splits, image_size, self.device)
         self.records: list[dict] = []
+        self.no_inception = "left out by --no-inception" if args.no_inception else ""  # why not
+
+    def inception(self, pictures: Pictures) -> dict:
+        """The scores from Inception features, or why there are none."""
+        if self.no_inception:
+            return {"missing": self.no_inception}
+        try:
+            return inception_scores(
+                pictures.images, self.splits["train"], self.splits["test"], cache=INCEPTION_CACHE,
+                weights=self.args.inception_weights, device=self.device,
+            )  # fmt: skip
+        except TooFewPictures as error:
+            return {"missing": str(error)}
+        except InceptionUnavailable as error:
+            self.no_inception = str(error)  # and the other pictures of a sweep need not try again
+            return {"missing": self.no_inception}
 
     def add(self, pictures: Pictures, facts: dict, suffix: str = "") -> None:
         """Score pictures; facts say how they came about, suffix tells their drawings apart."""
         scores = self.evaluator.scores(pictures)
         record = {**facts, "reference": self.evaluator.facts(), **scores.report}
-        record["inception"] = inception_part(pictures, self.splits, self.args, self.device)
+        record["inception"] = self.inception(pictures)
         self.records.append(record)
         append_record(self.output / "scores.jsonl", record)
         for line in report_lines(record):

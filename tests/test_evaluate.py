@@ -18,6 +18,7 @@ from classifier import Recipe, cached_classifier
 from config import CLASS_NAMES, DataConfig
 from evaluate_samples import at_n_floor, parse_scales, read_folder
 from evaluation import Evaluator, Pictures
+from inception_scores import InceptionUnavailable
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 FULL = ["--full", *PICTOGRAMS, "--epochs", "2", "--samples", "10", "--batch-size", "10",
@@ -141,13 +142,21 @@ def read_scores(folder) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "scores.jsonl").read_text().splitlines()]
 
 
-def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
+def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call, monkeypatch):
+    attempts = []
+
+    def unavailable(*pictures, **options):
+        attempts.append(options)
+        raise InceptionUnavailable("no network")
+
+    monkeypatch.setattr(evaluate_samples, "inception_scores", unavailable)
     status, said = call(train_model, *FULL)
     assert status == 0, said
     arguments = ["--samples", 2, "--sampler", "ddim", "--steps", 4, "--seed", 5, "--device", "cpu"]
-    status, said = call(evaluate_samples, *arguments, "--sweep", "1,3", "--no-inception")
+    status, said = call(evaluate_samples, *arguments, "--sweep", "1,3")
     assert status == 0, said
-    assert "class agreement" in said and "held-out" in said and "--no-inception" in said
+    assert "class agreement" in said and "held-out" in said and "no network" in said
+    assert len(attempts) == 1
     records = read_scores("checkpoints/evaluation")
     assert [record["guidance_scale"] for record in records] == [1, 3]
     for record in records:
@@ -161,7 +170,9 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call):
             assert min(picture.size) > 100
 
     # The same pictures again, whatever the batch size.
-    call(evaluate_samples, *arguments, "--guidance", 3, "--batch-size", 7, "--no-inception")
+    _, said = call(evaluate_samples, *arguments, "--guidance", 3, "--batch-size", 7,
+                   "--no-inception")  # fmt: skip
+    assert "--no-inception" in said and len(attempts) == 1
     again = read_scores("checkpoints/evaluation")[2]
     for part in ("mean", "std"):
         assert again["colour"][part] == pytest.approx(records[1]["colour"][part], abs=0.01)
