@@ -36,15 +36,15 @@ def records_at_full_rate(train: Sequence[dict]) -> int:
 def loss_findings(train: Sequence[dict]) -> list[str]:
     """What the last record says: a loss that jumps, or, once, that never left its start value."""
     found = []
-    losses = [record["loss"] for record in train]
-    before, loss = losses[-RECENT - 1 : -1], losses[-1]
+    *before, loss = (record["loss"] for record in train[-RECENT - 1 :])
     if len(before) >= RECENT // 2 and loss > SPIKE * (usual := statistics.median(before)):
         found.append(
             f"loss {loss:.4g} is {loss / usual:.1f} times what was usual before; if it stays "
             "there, continue from an earlier checkpoint with a lower train.learning_rate"
         )
-    start, now = statistics.fmean(losses[:FIRST]), statistics.fmean(losses[-RECENT:])
-    if records_at_full_rate(train) == JUDGED and now > STUCK * start:
+    start, now = (statistics.fmean(record["loss"] for record in part)
+                  for part in (train[:FIRST], train[-RECENT:]))  # fmt: skip
+    if now > STUCK * start and records_at_full_rate(train) == JUDGED:
         found.append(
             f"loss {now:.4g} is still where it began ({start:.4g}): nothing is learned; look at "
             "the originals in samples/ and at train.learning_rate"

@@ -211,6 +211,16 @@ def has_finished(folder: Path) -> bool:
     return read_json(folder / "run.json").get("state") == "finished"
 
 
+def say_complete(run: Run) -> None:
+    """Say so, and write the report anew, whose writer may have been killed."""
+    say(f"the run in {run.folder} is complete ({run.engine.step} steps); EPOCHS= makes it longer, "
+        "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
+    if run.processes.leads:
+        with acquire_lock(run.folder):
+            sweep(run.folder)
+            say(f"report: {write_report(run.folder)}")
+
+
 def describe(run: Run, device) -> str:
     config, engine = run.config, run.engine
     parameters = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
@@ -267,12 +277,7 @@ def main() -> int:
     run = Run(config, folder, splits, device, saved, processes)
     engine = run.engine
     if engine.complete and processes.from_leader(lambda: has_finished(folder)):
-        say(f"the run in {folder} is complete ({engine.step} steps); EPOCHS= makes it longer, "
-            "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
-        if processes.leads:
-            with acquire_lock(folder):
-                sweep(folder)
-                say(f"report: {write_report(folder)}")
+        say_complete(run)
         return 0
     if not processes.leads:
         return session(run)
