@@ -156,12 +156,15 @@ class TrainConfig(Section):
     batch_size: int = option(
         128, "images per optimizer step; auto or 0: what fits on the GPU", least=AUTO_BATCH
     )
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    optimizer: str = option(
+        "muon", "muon (of all matrices; what is none by AdamW) or adamw", one_of=("muon", "adamw")
+    )
+    learning_rate: float = option(1e-3, "peak learning rate", above=0)
     warmup_steps: int = option(500, "steps of linear warm-up to the peak", least=0)
     final_lr_fraction: float = option(
         0.02, "learning rate at the last step, in peaks (cosine)", least=0, most=1
     )
-    weight_decay: float = option(0.01, "decoupled weight decay of AdamW", least=0)
+    weight_decay: float = option(0.01, "decoupled weight decay", least=0)
     grad_clip: float = option(
         1.0, "largest gradient norm; longer gradients are scaled to it", above=0
     )
@@ -319,9 +322,10 @@ def overfit() -> Config:
         diffusion=DiffusionConfig(min_snr_gamma=0.0),
         data=DataConfig(samples_per_class=1, repeats=10, horizontal_flip=False),
         train=TrainConfig(
-            epochs=50, batch_size=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0,
-            class_dropout_prob=0.0, log_every=10, validate_every=100, validation_images=20,
-            sample_every=100, save_every=200, compile="false",  # it would take longer than the run
+            epochs=50, batch_size=10, optimizer="adamw", learning_rate=1e-3, warmup_steps=20,
+            weight_decay=0.0, class_dropout_prob=0.0, log_every=10, validate_every=100,
+            validation_images=20, sample_every=100, save_every=200,
+            compile="false",  # it would take longer than the run
         ),
         sample=SampleConfig(num_inference_steps=25, grid_steps=20, guidance_scale=1.0),
     )  # fmt: skip
@@ -347,9 +351,9 @@ def demo() -> Config:
         model=ModelConfig(num_res_blocks=(1, 1, 1), attention_sizes=(4,), patch_size=2),
         data=DataConfig(dataset="pictograms", image_size=32, horizontal_flip=False),
         train=TrainConfig(
-            epochs=4, batch_size=16, learning_rate=1e-3, warmup_steps=50, weight_decay=0.0,
-            class_dropout_prob=0.0, validate_every=300, validation_images=200, sample_every=600,
-            save_every=600, compile="false",
+            epochs=4, batch_size=16, optimizer="adamw", learning_rate=1e-3, warmup_steps=50,
+            weight_decay=0.0, class_dropout_prob=0.0, validate_every=300, validation_images=200,
+            sample_every=600, save_every=600, compile="false",
         ),
         sample=SampleConfig(num_inference_steps=25, grid_steps=25, guidance_scale=1.0),
     )  # fmt: skip

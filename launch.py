@@ -27,6 +27,7 @@ TAIL = 30  # lines of a failed process that are shown
 LOOPBACK = "127.0.0.1"
 TORCH_LEVEL = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
 MEETING_SECONDS = 600  # for machines to start after each other; as processes.MEETING
+DAY = 24 * 60 * 60  # in seconds
 # For a step, a grid and a checkpoint, which a signal interrupts nowhere; then torch kills.
 STOPPING_SECONDS = 300
 STOPPING_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -72,8 +73,10 @@ def rendezvous_of(args, nodes: int) -> dict:
         if args.rendezvous or args.node_rank != "0":
             raise ConfigError("--rendezvous and --node-rank are for several machines; say how many "
                               "with --nodes (make: NODES=)")  # fmt: skip
-        return {"rdzv_backend": "c10d", "rdzv_endpoint": f"{LOOPBACK}:0",
-                "rdzv_configs": {"is_host": True}, "local_addr": LOOPBACK}  # fmt: skip
+        # Heartbeats are for other machines, and one that is under way when the launcher ends is
+        # reported by Python as an error.
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": f"{LOOPBACK}:0", "local_addr": LOOPBACK,
+                "rdzv_configs": {"is_host": True, "keep_alive_interval": DAY}}  # fmt: skip
     host, _, port = (args.rendezvous or "").rpartition(":")
     if not host or not port.isdecimal() or int(port) not in range(1, 65536):
         raise ConfigError("several machines need --rendezvous HOST:PORT (make: RENDEZVOUS=), "

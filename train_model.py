@@ -48,7 +48,8 @@ from training_monitor import (
 )
 from training_run import Run
 
-FIXED = ("model.", "diffusion.", "data.", "train.seed", "train.batch_size")  # for a whole run
+FIXED = ("model.", "diffusion.", "data.", "train.seed", "train.batch_size",
+         "train.optimizer")  # for a whole run
 TIME_LIMIT_STATUS = 75  # "try again later" of sysexits.h, for schedulers that requeue
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # make, launchers and schedulers hand on a signal that the process may have got by itself already.
@@ -80,8 +81,8 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     """The preset, or the config of the run to continue, plus overrides.
 
     Raises ConfigError, listing the settings, where an override would make another model of the
-    saved run or another length: its model, diffusion and data sections, its seed and its batch
-    size are fixed.
+    saved run or another length: its model, diffusion and data sections, its seed, batch size and
+    optimizer are fixed.
     """
     preset = settings.PRESETS[mode]()
     if saved is None:

@@ -117,8 +117,9 @@ class Run:
             self.model, self.scheduler,
             total_steps=train.epochs * self.batches.steps_per_epoch,
             learning_rate=train.learning_rate, warmup_steps=train.warmup_steps,
-            final_lr_fraction=train.final_lr_fraction, weight_decay=train.weight_decay,
-            grad_clip=train.grad_clip, class_dropout_prob=train.class_dropout_prob,
+            final_lr_fraction=train.final_lr_fraction, optimizer=train.optimizer,
+            weight_decay=train.weight_decay, grad_clip=train.grad_clip,
+            class_dropout_prob=train.class_dropout_prob,
             min_snr_gamma=config.diffusion.min_snr_gamma,
             ema_halflife_images=train.ema_halflife_images,
             ema_rampup_ratio=train.ema_rampup_ratio,
@@ -285,7 +286,7 @@ class Run:
         )
 
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint, near enough: weights, EMA and AdamW's two moments."""
+        """Size of a checkpoint, near enough: weights, EMA and at most two moments."""
         return 4 * sum(parameter.nbytes for parameter in self.model.parameters())
 
     def train(self) -> bool:

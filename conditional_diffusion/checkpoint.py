@@ -21,8 +21,8 @@ import torch
 from .memory import is_out_of_memory
 
 FORMAT = "conditional_diffusion"
-FORMAT_VERSION = 3  # 3: the Wiener filter carries the rest of the network as well
-REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizer"}
+FORMAT_VERSION = 4  # 4: one state for each of several optimizers
+REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizers"}
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
            AssertionError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
@@ -68,7 +68,7 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
 
 def require_finite(state: dict) -> None:
     """Raise CheckpointError if weights, average or moments have gone wrong: nobody wants them."""
-    for name in ("model", "ema", "optimizer"):
+    for name in ("model", "ema", "optimizers"):
         for tensor in tensors_in(state[name]):
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(

@@ -27,6 +27,7 @@ from .memory import (
     is_out_of_memory,
     logger,
 )
+from .muon import Muon, matrix_weights
 from .noise_scheduler import CosineNoiseScheduler
 from .processes import Processes, average_gradients
 from .sampler import autocast, evaluating
@@ -124,7 +125,8 @@ class TrainingEngine:
     learning_rate: float  # the peak; see learning_rate_at, as for the next two
     warmup_steps: int = 0
     final_lr_fraction: float = 1.0
-    weight_decay: float = 0.0  # of AdamW
+    optimizer: str = "muon"  # of the matrices, the rest by AdamW; or "adamw" for all
+    weight_decay: float = 0.0  # decoupled
     grad_clip: float = 1.0  # largest gradient norm
     class_dropout_prob: float = 0.1  # see drop_labels
     min_snr_gamma: float = 5.0  # see min_snr_weights
@@ -141,11 +143,7 @@ class TrainingEngine:
         self.step = self.images_seen = 0
         self.micro_batches = 1  # parts of a batch, or of this process's share of it
         self._draws: dict[tuple, tuple[Tensor, Tensor]] = {}  # of validations, by their shape
-        # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.99),
-            weight_decay=self.weight_decay, fused=True,
-        )  # fmt: skip
+        self.optimizers = self._make_optimizers()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype is torch.float16
         )
@@ -161,6 +159,15 @@ class TrainingEngine:
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
         self._reset_sums()
 
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        options = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        matrices = matrix_weights(self.model) if self.optimizer == "muon" else []
+        chosen = {id(weight) for weight in matrices}
+        rest = [weight for weight in self.model.parameters() if id(weight) not in chosen]
+        # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
+        adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **options)
+        return [adamw, Muon(matrices, **options)] if matrices else [adamw]
+
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
         """One optimizer step on x_start (B, C, H, W) in [-1, 1] with class_labels (B,).
 
@@ -173,16 +180,18 @@ class TrainingEngine:
             self._tie()
         batch_size = len(class_labels)
         losses, timesteps = self._compute_gradients_in_parts(x_start, class_labels)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self._weights, self.grad_clip)
         finite = torch.isfinite(grad_norm)  # a loss that is not finite makes the norm so too
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.current_learning_rate
-        if not self.scaler.is_enabled():  # which else says so itself
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.current_learning_rate
+            # Not by the scaler, which would judge the gradients of each by themselves.
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+            optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self._drop_gradients()
 
         self.step += 1
         self.images_seen += batch_size
@@ -203,6 +212,10 @@ class TrainingEngine:
         empty_caches()  # NCCL takes its buffers from what is free, not from torch's cache
         self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
         self.network, self.tied = average_gradients(self.network), True
+
+    def _drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     @torch.no_grad()
     def _update_average(self, batch_size: int) -> None:
@@ -229,7 +242,7 @@ class TrainingEngine:
                     f"out of memory at step {self.step} in process {self.processes.rank} of "
                     f"{self.processes.world_size}; end what else uses its device, then run again"
                 )
-            self.optimizer.zero_grad()
+            self._drop_gradients()
             self._split_further(len(x_start))
 
     def _compute_gradients(self, x_start: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +298,7 @@ class TrainingEngine:
         try:
             self._compute_gradients_in_parts(x_start, class_labels)
         finally:
-            self.optimizer.zero_grad()
+            self._drop_gradients()
 
     def _split_further(self, batch_size: int) -> None:
         """After running out of memory: twice as many parts per batch, for the rest of the run."""
@@ -450,7 +463,7 @@ class TrainingEngine:
             "images_seen": self.images_seen,
             "model": self.model.state_dict(),
             "ema": self.ema_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": int(self._skipped_in_a_row),
             "scaler": self.scaler.state_dict(),
@@ -462,19 +475,19 @@ class TrainingEngine:
         """Inverse of state_dict."""
         self.model.load_state_dict(state["model"])
         self.ema_model.load_state_dict(state["ema"])
-        # What belongs to this process's settings and device is not taken from the saved one.
-        groups = [
-            {**saved, "weight_decay": own["weight_decay"], "fused": own["fused"]}
-            for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups)
-        ]
-        saved_state = state["optimizer"]["state"]
-        self.optimizer.load_state_dict({"state": saved_state, "param_groups": groups})
-        # The fused kernel pairs numbers by their place in memory, and the saved ones may lie in
-        # another layout than this process's weights.
-        for parameter, moments in self.optimizer.state.items():
-            for name, value in moments.items():
-                if value.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter).copy_(value)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            # Settings and device are this process's.
+            groups = [
+                {**own, "lr": group["lr"], "params": group["params"]}
+                for own, group in zip(optimizer.param_groups, saved["param_groups"])
+            ]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            # AdamW's fused kernel pairs numbers by their place in memory, and the saved ones may
+            # lie in another layout than this process's weights.
+            for parameter, moments in optimizer.state.items():
+                for name, value in moments.items():
+                    if value.shape == parameter.shape:
+                        moments[name] = torch.empty_like(parameter).copy_(value)
         self.step, self.images_seen = state["step"], state["images_seen"]
         self._skipped.fill_(state["skipped_steps"])
         self._skipped_in_a_row.fill_(state["skipped_in_a_row"])

@@ -38,10 +38,10 @@ def state(step: int = 7) -> dict:
         "images_seen": 100 * step,
         "model": weights,
         "ema": {"out.weight": weights["out.weight"] / 2},
-        "optimizer": {
+        "optimizers": [{
             "state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.ones(4, 3)}},
             "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.99), "params": [0]}],
-        },
+        }],
     }
 
 
@@ -50,6 +50,10 @@ def assert_same(actual, expected):
         assert actual.keys() == expected.keys()
         for key in expected:
             assert_same(actual[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected)
+        for pair in zip(actual, expected):
+            assert_same(*pair)
     elif isinstance(expected, torch.Tensor):
         assert actual.dtype == expected.dtype and torch.equal(actual, expected)
     else:
@@ -286,7 +290,8 @@ def test_another_format_version_is_refused_by_number(tmp_path, version):
 
 
 @pytest.mark.parametrize(
-    "lost", ["config", "class_names", "step", "images_seen", "model", "ema", "optimizer", "version"]
+    "lost",
+    ["config", "class_names", "step", "images_seen", "model", "ema", "optimizers", "version"],
 )
 def test_a_checkpoint_that_lacks_something_is_refused(tmp_path, lost):
     path = save_checkpoint(tmp_path, state(), keep=1)
@@ -444,13 +449,13 @@ def test_space_is_looked_at_before_every_write(tmp_path, monkeypatch):
     assert_old_one_intact(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+@pytest.mark.parametrize("part", ["model", "ema", "optimizers"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_what_is_not_finite_is_never_saved(tmp_path, part, value):
     save_checkpoint(tmp_path, state(1), keep=1, best=True)
     poisoned = state(2)
-    holder = poisoned["optimizer"]["state"][0] if part == "optimizer" else poisoned[part]
-    holder["exp_avg" if part == "optimizer" else "out.weight"][1, 2] = value
+    moments = poisoned["optimizers"][0]["state"][0]["exp_avg"]
+    (moments if part == "optimizers" else poisoned[part]["out.weight"])[1, 2] = value
     with pytest.raises(CheckpointError, match=f"step 2 is not saved.*{part}.*not finite"):
         save_checkpoint(tmp_path, poisoned, keep=1, best=True)
     assert names(tmp_path) == ["best.pt", "checkpoint_00000001.pt"]

@@ -85,11 +85,11 @@ def test_batches_are_on_the_gpu_wherever_the_images_are(gpu, free, device, flip)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_no_training_step_asks_for_a_number(gpu, dtype, parts):
+@pytest.mark.parametrize("parts, optimizer", [(1, "muon"), (3, "muon"), (1, "adamw")])
+def test_no_training_step_asks_for_a_number(gpu, dtype, parts, optimizer):
     model, scheduler = network()
     engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3,
-                            autocast_dtype=dtype)  # fmt: skip
+                            autocast_dtype=dtype, optimizer=optimizer)  # fmt: skip
     engine.micro_batches = parts
 
     dtypes = set()

@@ -37,7 +37,7 @@ def make_checkpoint(folder: str, num_classes: int = len(CLASS_NAMES), **more: st
             parameter.data.normal_(std=0.1)
     return save_checkpoint(Path(folder), {
         "config": settings.to_dict(config), "class_names": list(CLASS_NAMES), "step": 12,
-        "images_seen": 120, "model": raw, "ema": model.state_dict(), "optimizer": {},
+        "images_seen": 120, "model": raw, "ema": model.state_dict(), "optimizers": [],
     }, keep=1)  # fmt: skip
 
 

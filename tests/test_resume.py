@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_identical
 
 import command_line
 import train_model
@@ -100,13 +101,8 @@ def test_killed_twenty_times_the_run_ends_bit_for_bit_the_same(tmp_path, process
 
     name = f"checkpoints/checkpoint_{STEPS:08d}.pt"
     expected, found = (torch.load(f / name, weights_only=True) for f in (whole, broken))
-    for part in ("model", "ema"):
-        for key, value in expected[part].items():
-            torch.testing.assert_close(found[part][key], value, rtol=0, atol=0)
-    for index, moments_of_adam in expected["optimizer"]["state"].items():
-        for key, value in moments_of_adam.items():
-            other = found["optimizer"]["state"][index][key]
-            torch.testing.assert_close(other, value, rtol=0, atol=0)
+    for part in ("model", "ema", "optimizers"):
+        assert_identical(found[part], expected[part])
     assert losses(broken) == losses(whole)
     for kind in ("raw", "ema"):
         grid = f"checkpoints/samples/step_{STEPS:08d}_{kind}.png"

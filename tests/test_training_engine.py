@@ -95,13 +95,14 @@ def test_optimizer_steps_at_the_scheduled_learning_rate(schedule):
         Probe(), schedule(), total_steps=9, learning_rate=2.0, warmup_steps=4, final_lr_fraction=0.1
     )
     applied = []
-    take_step = engine.optimizer.step
+    (optimizer,) = engine.optimizers
+    take_step = optimizer.step
 
     def traced_step():
-        applied.append(engine.optimizer.param_groups[0]["lr"])
+        applied.append(optimizer.param_groups[0]["lr"])
         take_step()
 
-    engine.optimizer.step = traced_step
+    optimizer.step = traced_step
     list(engine.train(endless(images(4))))
     assert applied == pytest.approx(LEARNING_RATES, rel=1e-6)
 
@@ -223,11 +224,11 @@ def test_loss_quarters_and_gradient_follow_from_what_the_network_saw(schedule, g
 
 
 def test_long_gradients_are_scaled_to_the_limit(schedule, tiny_model):
-    engine = engine_for(tiny_model(), schedule(), grad_clip=1e-3)
+    engine = engine_for(tiny_model(), schedule(), grad_clip=1e-3, optimizer="adamw")
     engine.train_step(*images(4))
     assert engine.take_metrics()["grad_norm"] > 1e-2  # reported before clipping
     # After one step Adam's first moment is (1 - beta1) times the gradient it was given.
-    moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
+    moments = [state["exp_avg"] for state in engine.optimizers[0].state.values()]
     length = sum(moment.double().square().sum().item() for moment in moments) ** 0.5
     assert length == pytest.approx((1 - 0.9) * 1e-3, rel=1e-4)
 
@@ -287,9 +288,14 @@ def test_bfloat16_autocast_trains_float32_weights(schedule, awake_model):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("good_steps", [0, 2])
-def test_divergence_is_raised_and_no_weight_has_moved(schedule, tiny_model, poison, good_steps):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_divergence_is_raised_and_no_weight_has_moved(
+    schedule, tiny_model, optimizer, poison, good_steps
+):
     def trained():
-        engine = engine_for(tiny_model(dropout=0.2), schedule(), warmup_steps=3)
+        engine = engine_for(
+            tiny_model(dropout=0.2), schedule(), warmup_steps=3, optimizer=optimizer
+        )
         for _ in range(good_steps):
             engine.train_step(*images(4))
         return engine
@@ -304,7 +310,7 @@ def test_divergence_is_raised_and_no_weight_has_moved(schedule, tiny_model, pois
     unharmed.step, unharmed.images_seen = engine.step, engine.images_seen
     for each in (engine, unharmed):
         each.train_step(*images(4))
-    for part in ("model", "optimizer"):
+    for part in ("model", "optimizers"):
         assert_identical(engine.state_dict()[part], unharmed.state_dict()[part])
     assert engine.take_metrics()["loss"] == unharmed.take_metrics()["loss"]
 
@@ -325,6 +331,28 @@ def test_batches_without_finite_gradient_are_skipped_within_a_budget(schedule, t
     with pytest.raises(TrainingDiverged, match="after 5 skipped steps"):
         engine.train_step(x_start * math.nan, labels)
     assert_identical(engine.model.state_dict(), before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("bad", ["position", "stem.weight"])
+def test_one_bad_gradient_holds_back_all_optimizers(schedule, awake_model, dtype, bad):
+    """AdamW has the position map, Muon the stem."""
+    model = awake_model()
+    engine = engine_for(model, schedule(), max_skipped_steps=1, autocast_dtype=dtype)
+    engine.scaler.load_state_dict(engine.scaler.state_dict() | {"scale": 2.0**8})
+    engine.train_step(*images(4))
+    before = through_a_file({part: engine.state_dict()[part] for part in ("model", "optimizers")})
+    hook = model.get_parameter(bad).register_hook(lambda gradient: gradient * math.inf)
+    engine.train_step(*images(4))
+    assert engine.skipped_steps == 1
+    after = engine.state_dict()
+    for optimizer in (*before["optimizers"], *after["optimizers"]):
+        for group in optimizer["param_groups"]:
+            group.pop("lr")
+    assert_identical({part: after[part] for part in before}, before)
+    hook.remove()
+    engine.train_step(*images(4))
+    assert engine.skipped_steps == 1
 
 
 def test_metrics_leave_skipped_steps_out(schedule, tiny_model):
@@ -507,14 +535,17 @@ def test_randomness_of_a_step_depends_on_seed_and_step_alone(schedule):
         assert not torch.equal(other[2], reference[2])
 
 
-def test_five_steps_saved_and_five_more_are_ten_steps_bit_for_bit(schedule, tiny_model):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_five_steps_saved_and_five_more_are_ten_steps_bit_for_bit(
+    schedule, tiny_model, optimizer
+):
     """With dropout and label dropout on, a moving learning rate, and weight decay."""
 
     def new_engine(model_seed):
         return engine_for(
             tiny_model(model_seed, dropout=0.3), schedule(), learning_rate=1e-2, warmup_steps=3,
             final_lr_fraction=0.1, weight_decay=0.1, class_dropout_prob=0.5,
-            ema_halflife_images=20, ema_rampup_ratio=0.5, seed=5,
+            ema_halflife_images=20, ema_rampup_ratio=0.5, seed=5, optimizer=optimizer,
         )  # fmt: skip
 
     batches = [images(4, seed) for seed in range(10)]
@@ -684,7 +715,7 @@ def test_first_step_is_that_of_adamw(schedule):
     before = engine.model.value.item()
     engine.train_step(*images(8))
     g = engine.take_metrics()["grad_norm"]
-    (moments,) = engine.optimizer.state.values()
+    (moments,) = engine.optimizers[0].state.values()
     assert abs(moments["exp_avg"].item()) == pytest.approx(0.1 * g, rel=1e-5)
     assert moments["exp_avg_sq"].item() == pytest.approx(0.01 * g**2, rel=1e-5)
     moved = abs(engine.model.value.item() - before)

@@ -1,0 +1,113 @@
+"""Muon: momentum, orthogonalised matrix by matrix before it becomes a step (Jordan 2024).
+
+https://kellerjordan.github.io/posts/muon/. torch.optim.Muon takes two-dimensional parameters only,
+works through them one by one and cannot leave out a step without waiting for the device.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the odd quintic, Jordan 2024
+ITERATIONS = 5
+MOMENTUM = 0.95
+UPDATE_RMS = 0.5  # root mean square of an update, in learning rates (Liu et al. 2025: 0.2)
+NO_POWER = 1e-14  # sums of squares below this are not scaled up
+
+
+def matrix_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of its linear layers and convolutions: what Muon is for."""
+    return [
+        module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+
+
+def newton_schulz_factors(gram: Tensor) -> Tensor:
+    """Q (n, r, r) for gram matrices X X^T (n, r, r): Q X has singular values near one.
+
+    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X multiplies X from the left alone, by
+    polynomials of X X^T, which commute. So it can be followed on matrices of r rows and columns,
+    however many columns X has.
+    """
+    a, b, c = NEWTON_SCHULZ
+    power = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=NO_POWER)[:, None, None]
+    gram, factors = gram / power, None
+    for iteration in range(ITERATIONS):
+        multiplier = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        multiplier.diagonal(dim1=1, dim2=2).add_(a)
+        factors = multiplier if factors is None else multiplier @ factors
+        if iteration < ITERATIONS - 1:
+            gram = multiplier @ gram @ multiplier
+    return factors * power.rsqrt()
+
+
+def orthogonalised(stacks: list[Tensor]) -> list[Tensor]:
+    """Each matrix X = U S V^T of float32 stacks (n, rows, columns) as U S' V^T, S' near one.
+
+    S' lies between 0.68 and 1.21, but for singular values below a 500th of the matrix's norm, which
+    may come out smaller.
+    """
+    wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
+    by_rows: dict[int, list[int]] = {}
+    for index, stack in enumerate(wide):
+        by_rows.setdefault(stack.shape[1], []).append(index)
+    results = list(stacks)
+    for indices in by_rows.values():
+        grams = [wide[index] @ wide[index].mT for index in indices]
+        factors = newton_schulz_factors(torch.cat(grams)).split([len(gram) for gram in grams])
+        for index, factor in zip(indices, factors):
+            result = factor @ wide[index]
+            results[index] = result if wide[index] is stacks[index] else result.mT
+    return results
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, with decoupled weight decay.
+
+    A parameter of more than two dimensions counts as a matrix of its outputs by all else. Updates
+    are scaled to one root mean square, UPDATE_RMS learning rates, whatever the matrix's shape, so
+    that AdamW and Muon share a learning rate (Liu et al. 2025, sec. 2.2). Steps are left out where
+    `found_inf` is not zero, as by torch's fused AdamW.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.found_inf: Tensor | None = None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # Plain matrices, whatever the memory layout of the parameter.
+                self.state[parameter]["momentum"] = torch.zeros(
+                    len(parameter), parameter[0].numel(), device=parameter.device
+                )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            self._step(group["params"], group["lr"], group["weight_decay"])
+
+    def _step(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)
+        if self.found_inf is not None:
+            finite = self.found_inf == 0
+        by_shape: dict[tuple, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        directions = [self._direction(alike, finite) for alike in by_shape.values()]
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay * finite)
+        for alike, updates in zip(by_shape.values(), orthogonalised(directions)):
+            # An orthogonal matrix has a root mean square of one by the root of its longer side.
+            length = UPDATE_RMS * math.sqrt(max(updates.shape[1:]))
+            updates = updates * (length * finite)
+            torch._foreach_sub_(alike, list(updates.reshape(-1, *alike[0].shape)), alpha=lr)
+
+    def _direction(self, alike: list[nn.Parameter], finite: Tensor) -> Tensor:
+        """Nesterov's look ahead (n, rows, columns) of parameters of one shape; momentum updated."""
+        momenta = [self.state[parameter]["momentum"] for parameter in alike]
+        momentum = torch.stack(momenta)
+        gradient = torch.stack([parameter.grad for parameter in alike]).flatten(2)
+        gradient = torch.where(finite, gradient, momentum)  # which then stays what it is
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        torch._foreach_copy_(momenta, list(momentum))
+        return gradient.lerp(momentum, MOMENTUM)
