@@ -64,7 +64,7 @@ MEMORY_BATCH = 16
 KEPT_IMAGES = 4  # share what is kept but once, as weights in another precision
 BATCH_SIZES = (64, 256, 1024)  # on CUDA, beside the default; compiling each takes its time
 IMAGE_SIZES = (32, 64, 128, 256)
-WITH_MUON = "ours, with Muon"
+WITH_ADAMW = "ours, with AdamW"
 GRID_PICTURES = 100
 GRIDS = (("ddpm", 1000), ("ddpm", 50), ("dpm-solver++", 20))  # samplers and their steps
 # What differs from the product: settings, and those of torch that the product leaves alone.
@@ -80,7 +80,6 @@ SWITCHES = {
                                             torch.compile(diffusion_loss, dynamic=False)),
     ),
     "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
-    "with AdamW": ({"train.optimizer": "adamw"}, nullcontext),
 }  # fmt: skip
 USER_ERRORS = (ConfigError,)
 
@@ -214,8 +213,11 @@ def engine_for(
     return engine
 
 
-def with_optimizer(name: str, config: Config) -> Config:
-    return settings.apply_overrides(config, {"train.optimizer": name})
+def training_config(name: str, config: Config) -> Config:
+    """Ours is trained as it is, and everything else with AdamW."""
+    if name == "ours":
+        return config
+    return settings.apply_overrides(config, {"train.optimizer": "adamw"})
 
 
 def sample_step(model: nn.Module, batch, dtype: torch.dtype | None) -> None:
@@ -282,10 +284,7 @@ def compare_data(report: Report, config: Config) -> float:
 def compare_networks(
     report: Report, config: Config, networks: dict[str, nn.Module]
 ) -> dict[str, float]:
-    """Training step with AdamW and sampling step of each network.
-
-    Returns seconds per image of the training steps.
-    """
+    """Training step and sampling step of each; returns seconds per image of the training steps."""
     images, size, device = config.train.batch_size, config.data.image_size, report.device
     dtypes = training_dtype(config, device), sampling_dtype(config, device)
     peaks = {dtype: matmul_peak(device, dtype) for dtype in set(dtypes)}
@@ -302,21 +301,19 @@ def compare_networks(
     sampling = report.time(
         {name: partial(sample_step, model, batch, dtypes[1]) for name, model in networks.items()}
     )
+    trained = {**networks, WITH_ADAMW: new_network("ours", config, device)}
+    flops[WITH_ADAMW] = flops["ours"]
     engines = {
-        name: engine_for(model, with_optimizer("adamw", config), device, images)
-        for name, model in networks.items()
+        name: engine_for(model, training_config(name, config), device, images)
+        for name, model in trained.items()
     }
-    # What it takes more is the same for any batch size.
-    muon = with_optimizer("muon", config)
-    engines[WITH_MUON] = engine_for(new_network("ours", config, device), muon, device, images)
     training = report.time(
         {name: partial(engine.train_step, *batch) for name, engine in engines.items()}
     )
-    for name in networks:
+    for name in trained:
         # Backward computes two products for every one of forward.
         report.add("training step", name, training[name], images, peak=peaks[dtypes[0]],
                    flops=3 * flops[name] * images)  # fmt: skip
-    report.add("training step", WITH_MUON, training[WITH_MUON], images)
     for name in networks:
         report.add("sampling step", name, sampling[name], images, peak=peaks[dtypes[1]],
                    flops=flops[name] * images)  # fmt: skip
@@ -327,8 +324,8 @@ def peak_of_a_step(config: Config, name: str) -> tuple[float, float]:
     """GiB before a training step and at most, in a process whose peak no other work has raised."""
     device = choose_device(config)
     batch = random_batch(MEMORY_BATCH, config.data.image_size, device)
-    adamw = with_optimizer("adamw", config)
-    engine = engine_for(new_network(name, config, device), adamw, device, MEMORY_BATCH)
+    model, config = new_network(name, config, device), training_config(name, config)
+    engine = engine_for(model, config, device, MEMORY_BATCH)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # compiling has raised it
     before = peak_memory_gib(device)
@@ -355,7 +352,7 @@ def compare_sizes(report: Report, config: Config) -> None:
     pixels = config.train.batch_size * config.data.image_size**2
     engines, batches, flops = {}, {}, {}
     for size in IMAGE_SIZES:
-        sized = replace(with_optimizer("adamw", config), data=replace(config.data, image_size=size))
+        sized = replace(config, data=replace(config.data, image_size=size))
         model, _ = build_model(sized, report.device)
         flops[size] = forward_flops(model, size, report.device)
         batches[size] = random_batch(max(1, pixels // size**2), size, report.device)

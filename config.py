@@ -157,7 +157,8 @@ class TrainConfig(Section):
         128, "images per optimizer step; auto or 0: what fits on the GPU", least=AUTO_BATCH
     )
     optimizer: str = option(
-        "muon", "muon (of all matrices; what is none by AdamW) or adamw", one_of=("muon", "adamw")
+        "muon", "muon (for weight matrices, AdamW for the rest) or adamw (for all)",
+        one_of=("muon", "adamw"),
     )
     learning_rate: float = option(1e-3, "peak learning rate", above=0)
     warmup_steps: int = option(500, "steps of linear warm-up to the peak", least=0)
@@ -383,6 +384,7 @@ def from_dict(plain: dict) -> Config:
     overrides = {
         f"{section}.{key}": value for section in SECTIONS for key, value in plain[section].items()
     }
+    overrides.setdefault("train.optimizer", "adamw")  # of runs from before there was a choice
     return replace(apply_overrides(Config(), overrides), mode=plain["mode"])
 
 

@@ -129,7 +129,7 @@ def check_step(config: Config) -> Finding:
         dtype = training_dtype(config, device)
         engine = TrainingEngine(
             model, scheduler, total_steps=2, learning_rate=1e-4, autocast_dtype=dtype,
-            max_skipped_steps=2,
+            optimizer=config.train.optimizer, max_skipped_steps=2,
         )  # fmt: skip
         size = config.data.image_size
         batch = torch.rand(TRIAL_IMAGES, 3, size, size, device=device) * 2 - 1

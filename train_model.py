@@ -80,8 +80,8 @@ def parse_arguments():
 def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     """The preset, or the config of the run to continue, plus overrides.
 
-    Raises ConfigError, listing the settings, where an override would make another model of the
-    saved run or another length: its model, diffusion and data sections, its seed, batch size and
+    Raises ConfigError, listing the settings, where an override would make another run of the
+    saved one: its model, diffusion and data sections, its seed, batch size and
     optimizer are fixed.
     """
     preset = settings.PRESETS[mode]()

@@ -153,7 +153,7 @@ class Run:
             self.model.zero_grad()
 
         images = len(self.splits["train"]) * config.data.repeats
-        # In the place of average and moments, which come after it.
+        # In the place of average and momenta, which come after it.
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
         held = torch.empty(3 * weights, dtype=torch.uint8, device=device)
         fitting = fitting_batch_size(trial, size**2, device, LARGEST_TRAINING_BATCH)

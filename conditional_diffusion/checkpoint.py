@@ -21,7 +21,7 @@ import torch
 from .memory import is_out_of_memory
 
 FORMAT = "conditional_diffusion"
-FORMAT_VERSION = 4  # 4: one state for each of several optimizers
+FORMAT_VERSION = 4  # 4: one state for each of several optimizers; 3 is read as well
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizers"}
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
@@ -175,6 +175,8 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} is a torch file, but not a checkpoint of this program; "
             "`make status` lists those that are"
         )
+    if state.get("version") == 3 and "optimizer" in state:
+        state |= {"version": FORMAT_VERSION, "optimizers": [state.pop("optimizer")]}
     if state.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {state.get('version')}, this program reads "

@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.found_inf: Tensor | None = None
+        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
             for parameter in group["params"]:
                 # Plain matrices, whatever the memory layout of the parameter.
@@ -85,12 +85,11 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            self._step(group["params"], group["lr"], group["weight_decay"])
+            if weights := [weight for weight in group["params"] if weight.grad is not None]:
+                self._step(weights, group["lr"], group["weight_decay"])
 
     def _step(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)
-        if self.found_inf is not None:
-            finite = self.found_inf == 0
+        finite = self.found_inf == 0
         by_shape: dict[tuple, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_shape.setdefault(parameter.shape, []).append(parameter)

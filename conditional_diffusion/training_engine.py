@@ -125,7 +125,7 @@ class TrainingEngine:
     learning_rate: float  # the peak; see learning_rate_at, as for the next two
     warmup_steps: int = 0
     final_lr_fraction: float = 1.0
-    optimizer: str = "muon"  # of the matrices, the rest by AdamW; or "adamw" for all
+    optimizer: str = "muon"  # for matrices, AdamW for the rest; or "adamw" for all
     weight_decay: float = 0.0  # decoupled
     grad_clip: float = 1.0  # largest gradient norm
     class_dropout_prob: float = 0.1  # see drop_labels
@@ -160,13 +160,15 @@ class TrainingEngine:
         self._reset_sums()
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        if self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"optimizer {self.optimizer!r} is unknown; valid: muon, adamw")
         options = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         matrices = matrix_weights(self.model) if self.optimizer == "muon" else []
         chosen = {id(weight) for weight in matrices}
         rest = [weight for weight in self.model.parameters() if id(weight) not in chosen]
         # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
-        adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **options)
-        return [adamw, Muon(matrices, **options)] if matrices else [adamw]
+        adamw = [torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **options)] if rest else []
+        return adamw + ([Muon(matrices, **options)] if matrices else [])
 
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
         """One optimizer step on x_start (B, C, H, W) in [-1, 1] with class_labels (B,).
@@ -479,15 +481,15 @@ class TrainingEngine:
             # Settings and device are this process's.
             groups = [
                 {**own, "lr": group["lr"], "params": group["params"]}
-                for own, group in zip(optimizer.param_groups, saved["param_groups"])
+                for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True)
             ]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
             # AdamW's fused kernel pairs numbers by their place in memory, and the saved ones may
             # lie in another layout than this process's weights.
             for parameter, moments in optimizer.state.items():
                 for name, value in moments.items():
-                    if value.shape == parameter.shape:
-                        moments[name] = torch.empty_like(parameter).copy_(value)
+                    own = parameter if value.shape == parameter.shape else value
+                    moments[name] = torch.empty_like(own).copy_(value)
         self.step, self.images_seen = state["step"], state["images_seen"]
         self._skipped.fill_(state["skipped_steps"])
         self._skipped_in_a_row.fill_(state["skipped_in_a_row"])

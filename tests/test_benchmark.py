@@ -42,7 +42,7 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
         found["data", "ours, from 32x32"]["seconds_per_image"] / step["seconds_per_image"]
     )
     assert {name for what, name in found if what == "training step"} == {
-        "ours", "ours, with Muon", "8x8", "16x16", "alone", "in a group of one"
+        "ours", "ours, with AdamW", "8x8", "16x16", "alone", "in a group of one"
     }  # fmt: skip
     assert found["processes", "in a group of one, against alone"]["ratio"] > 0
     assert multiprocessing.active_children() == []

@@ -289,6 +289,14 @@ def test_another_format_version_is_refused_by_number(tmp_path, version):
     assert f"version {version}" in refusal(path)
 
 
+def test_the_format_of_one_optimizer_is_still_read(tmp_path):
+    old, path = state(), tmp_path / "checkpoint_00000007.pt"
+    (old["optimizer"],) = old.pop("optimizers")
+    torch.save({**old, "format": checkpoint.FORMAT, "version": 3}, path)
+    loaded = load_checkpoint(path)
+    assert_same({key: loaded[key] for key in state()}, state())
+
+
 @pytest.mark.parametrize(
     "lost",
     ["config", "class_names", "step", "images_seen", "model", "ema", "optimizers", "version"],

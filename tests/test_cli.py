@@ -313,6 +313,20 @@ def test_resume_refuses_what_would_be_another_model(call, monkeypatch):
     monkeypatch.delenv("DATA_DIR")
     said = call(train_model, "--full", "--batch-size", 5)[1]  # would give it another length
     assert_one_sentence(said, "train.batch_size 128 (now 5)")
+    said = call(train_model, "--full", "--train.optimizer", "adamw")[1]  # its state is another
+    assert_one_sentence(said, "train.optimizer muon (now adamw)")
+
+
+def test_a_run_from_before_muon_goes_on_with_adamw(call):
+    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 2]
+    call(train_model, *arguments, "--train.max_hours", 1e-9, "--train.optimizer", "adamw")
+    (path,) = Path("checkpoints").glob("checkpoint_*.pt")
+    state = torch.load(path, weights_only=True)
+    (state["optimizer"],) = state.pop("optimizers")
+    del state["config"]["train"]["optimizer"]
+    torch.save({**state, "version": 3}, path)
+    status, said = call(train_model, "--full")
+    assert status == 0 and "continuing at step 1" in said and "optimizer" not in said, said
 
 
 def test_a_checkpoint_of_other_code_is_refused_with_its_name(call, monkeypatch):

@@ -80,6 +80,23 @@ def test_two_steps_of_a_convolution_are_the_formula(layout):
     assert_close(found.double(), expected, rtol=0, atol=1e-3)
 
 
+def test_weights_side_by_side_are_those_of_steps_one_by_one():
+    shapes = [(6, 4, 3, 3), (6, 4, 3, 3), (12, 4), (4, 12), (12, 4), (6, 36), (36, 1, 2, 3)]
+    starts = [torch.randn(shape, generator=torch.manual_seed(i)) for i, shape in enumerate(shapes)]
+    starts[1] = starts[1].to(memory_format=torch.channels_last)
+    gradients = [[torch.randn_like(start) for start in starts] for _ in range(2)]
+    together = [nn.Parameter(start.clone()) for start in starts]
+    optimizer = Muon(together, lr=0.1, weight_decay=0.2)
+    for each in gradients:
+        for parameter, gradient in zip(together, each):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for index, start in enumerate(starts):
+        own = [each[index] for each in gradients]
+        alone, _ = stepped(nn.Parameter(start.clone()), own, lr=0.1, weight_decay=0.2)
+        assert_close(together[index].detach(), alone, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (16, 16)])
 def test_steps_are_those_of_torch(shape):
     """Which computes in bfloat16, so only nearly, and with 0.2 where ours has 0.5."""
@@ -115,6 +132,16 @@ def test_a_step_that_is_not_finite_leaves_everything():
     optimizer.step()
     whole, _ = stepped(nn.Parameter(start.clone()), gradients, lr=0.1)
     assert torch.equal(weight, whole)
+
+
+def test_weights_without_a_gradient_stay():
+    weights = [nn.Parameter(torch.ones(4, 6)) for _ in range(2)]
+    optimizer = Muon(weights, lr=0.1, weight_decay=0.5)
+    optimizer.step()
+    weights[0].grad = torch.eye(4, 6)
+    optimizer.step()
+    assert not torch.equal(weights[0], torch.ones(4, 6))
+    assert torch.equal(weights[1], torch.ones(4, 6))
 
 
 def test_updates_have_one_size_whatever_the_shape():

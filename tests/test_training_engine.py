@@ -90,21 +90,31 @@ def test_learning_rate_without_warmup_or_decay():
     assert [learning_rate_at(step, **all_warmup) for step in range(2)] == [1.0, 2.0]
 
 
-def test_optimizer_steps_at_the_scheduled_learning_rate(schedule):
+def test_all_optimizers_step_at_the_scheduled_learning_rate(schedule, tiny_model):
     engine = engine_for(
-        Probe(), schedule(), total_steps=9, learning_rate=2.0, warmup_steps=4, final_lr_fraction=0.1
-    )
-    applied = []
-    (optimizer,) = engine.optimizers
-    take_step = optimizer.step
-
-    def traced_step():
-        applied.append(optimizer.param_groups[0]["lr"])
-        take_step()
-
-    optimizer.step = traced_step
+        tiny_model(), schedule(), total_steps=9, learning_rate=2.0, warmup_steps=4,
+        final_lr_fraction=0.1,
+    )  # fmt: skip
+    applied = [[] for _ in engine.optimizers]
+    for optimizer, rates in zip(engine.optimizers, applied):
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_, rates=rates: rates.append(optimizer.param_groups[0]["lr"])
+        )
     list(engine.train(endless(images(4))))
-    assert applied == pytest.approx(LEARNING_RATES, rel=1e-6)
+    assert len(applied) == 2
+    for rates in applied:
+        assert rates == pytest.approx(LEARNING_RATES, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer, kinds", [("muon", 2), ("adamw", 1)])
+def test_every_weight_belongs_to_one_optimizer(schedule, tiny_model, optimizer, kinds):
+    engine = engine_for(tiny_model(), schedule(), optimizer=optimizer)
+    weights = [id(weight) for each in engine.optimizers for group in each.param_groups
+               for weight in group["params"]]  # fmt: skip
+    assert sorted(weights) == sorted(map(id, engine.model.parameters()))
+    assert len(engine.optimizers) == kinds
+    with pytest.raises(ValueError, match="'sgd' is unknown"):
+        engine_for(tiny_model(), schedule(), optimizer="sgd")
 
 
 def test_ema_decay_halves_over_its_halflife():

@@ -62,6 +62,7 @@ def test_every_setting_reaches_the_engine(make_run):
         "train__weight_decay": 0.5, "train__grad_clip": 0.6, "train__class_dropout_prob": 0.7,
         "diffusion__min_snr_gamma": 8.0, "train__ema_halflife_images": 9,
         "train__ema_rampup_ratio": 0.11, "train__max_skipped_steps": 12, "train__seed": 13,
+        "train__optimizer": "adamw",
     }  # fmt: skip
     engine = make_run(**changes, train__epochs=3, train__precision="bf16").engine
     for name, value in changes.items():
