@@ -278,9 +278,9 @@ def test_one_batch_can_be_overfitted(schedule, tiny_model):
     many = (x_start.repeat(8, 1, 1, 1), labels.repeat(8))  # 32 noise levels of the same pictures
     before = engine.validation_loss(model, *many, 32)
     assert list(engine.train(endless((x_start, labels)))) == list(range(1, 121))
-    # Measured 0.58; without learning it stays at 1.
+    # Measured 0.27; without learning it stays at 1.
     for trained in (model, engine.ema_model):
-        assert engine.validation_loss(trained, *many, 32) < 0.75 * before
+        assert engine.validation_loss(trained, *many, 32) < 0.5 * before
 
 
 def test_bfloat16_autocast_trains_float32_weights(schedule, awake_model):
