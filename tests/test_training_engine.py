@@ -365,6 +365,20 @@ def test_one_bad_gradient_holds_back_all_optimizers(schedule, awake_model, dtype
     assert engine.skipped_steps == 1
 
 
+def test_loss_scaling_may_halve_its_scale_down_to_one_before_the_budget_counts(
+    schedule, tiny_model
+):
+    engine = engine_for(
+        tiny_model(), schedule(), max_skipped_steps=1, autocast_dtype=torch.float16
+    )
+    halvings = round(math.log2(engine.scaler.get_scale()))
+    x_start, labels = images(4)
+    for _ in range(halvings + 1):
+        engine.train_step(x_start * math.nan, labels)
+    with pytest.raises(TrainingDiverged):
+        engine.train_step(x_start * math.nan, labels)
+
+
 def test_metrics_leave_skipped_steps_out(schedule, tiny_model):
     engine, unharmed = (engine_for(tiny_model(), schedule(), max_skipped_steps=9) for _ in "ab")
     x_start, labels = images(4)

@@ -82,6 +82,13 @@ def test_trunk_sees_patch_frequencies_of_unit_variance(tiny_model, schedule, tim
     assert_close(spread, torch.ones(12), rtol=0, atol=0.03)  # n = 64000, as the measurement's
 
 
+def test_patch_frequencies_stay_in_full_precision_under_autocast(tiny_model):
+    model, (x_t, *_) = tiny_model(), inputs(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.patches(x_t)
+    assert_close(found, model.patches(x_t), rtol=0, atol=0)
+
+
 def test_network_starts_as_the_linear_guess(tiny_model):
     model = tiny_model()
     model.measure(0.3 * torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
@@ -137,6 +144,25 @@ def test_label_and_timestep_act_within_the_residual_blocks(awake_model):
     reference = model(x_t, timesteps, labels)
     assert not torch.allclose(model(x_t, timesteps + 5, labels), reference, atol=1e-4)
     assert not torch.allclose(model(x_t, timesteps, labels + 1), reference, atol=1e-4)
+
+
+def test_levels_halve_by_means_and_double_by_copies(awake_model):
+    model, seen = awake_model(), {}
+    stages = {"above": model.down[0][-1], "below": model.down[1][0],
+              "last": model.up[0][-1], "first": model.up[1][0]}  # fmt: skip
+    for name, stage in stages.items():
+        stage.register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
+    with torch.no_grad():
+        model(*inputs(2))
+    B, C, H, W = seen["above"][1].shape
+    means = seen["above"][1].view(B, C, H // 2, 2, W // 2, 2).mean((3, 5))
+    assert_close(seen["below"][0], means)
+    copies = seen["last"][1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    from_below, skip = seen["first"][0].tensor_split([copies.shape[1]], dim=1)
+    assert torch.equal(from_below, copies)
+    assert torch.equal(skip, seen["above"][1])
 
 
 def test_images_of_a_batch_do_not_see_each_other(awake_model):
@@ -247,6 +273,21 @@ def test_residual_block_is_the_formula():
     h = F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
     skip = F.conv2d(x, block.skip.weight, block.skip.bias)
     assert_close(block(x, cond), skip + h, rtol=1e-4, atol=1e-5)
+
+
+def test_small_scales_of_a_residual_block_survive_bfloat16():
+    """Whose numbers just above one are 1.0078 apart: 1 + 0.003 would be one."""
+    torch.manual_seed(0)
+    block, x, cond = ResBlock(8, 8, 4, dropout=0.0), torch.randn(2, 8, 4, 4), torch.zeros(2, 4)
+    seen = []
+    block.dropout.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    scale = 0.0029296875  # exact in bfloat16
+    for value in (0.0, scale):
+        block.condition.bias.data.zero_()[:8] = value
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            block(x, cond)
+            normal = block.norm2(block.conv1(F.silu(block.norm1(x)))).float()
+        assert_close(seen[-1].float(), F.silu(normal * (1 + value)), rtol=1e-5, atol=1e-6)
 
 
 def test_each_branch_starts_as_no_change():
