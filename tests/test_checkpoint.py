@@ -485,9 +485,10 @@ def test_weights_of_another_shape_are_refused():
 @pytest.mark.parametrize("links", [True, False])
 def test_names_follow_contents_to_the_disk(tmp_path, monkeypatch, links):
     """With links best.pt is the file that is on the disk already."""
-    events, fsync, replace = [], os.fsync, os.replace
+    events, sizes, fsync, replace = [], [], os.fsync, os.replace
 
     def traced_fsync(descriptor):
+        sizes.append(os.fstat(descriptor).st_size)
         kind = "folder" if Path(f"/proc/self/fd/{descriptor}").is_dir() else "file"
         events.append(f"fsync {kind}")
         fsync(descriptor)
@@ -507,4 +508,5 @@ def test_names_follow_contents_to_the_disk(tmp_path, monkeypatch, links):
     path = save_checkpoint(tmp_path, state(), keep=1, best=True)
     assert events == ["fsync file", f"replace {path.name}", *([] if links else ["fsync file"]),
                       "replace best.pt", "fsync folder"]  # fmt: skip
+    assert set(sizes[:-1]) == {path.stat().st_size}  # nothing was left in a buffer
     assert len(os.listdir("/proc/self/fd")) == before
