@@ -101,7 +101,6 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
         require_space(path.parent, sum(tensor.nbytes for tensor in tensors_in(state)))
         with open(unfinished, "wb") as file:
             torch.save(state, file)
-            file.flush()
             os.fsync(file.fileno())
         verify_checksums(unfinished)
         os.replace(unfinished, path)
