@@ -106,6 +106,10 @@ class ModelConfig(Section):
     patch_size: int = option(
         4, "pixels a side of a patch: 4 puts the first level of a 128-pixel image at 32x32", least=1
     )
+    largest_unit: float = option(
+        8.0, "the network adds to a linear guess in units of what that leaves open at each "
+        "frequency, at most this; larger ones learn faster, but memorise more slowly", above=0
+    )  # fmt: skip
     time_embed_dim: int = option(128, "width of the time embedding", least=2)
     class_embed_dim: int = option(128, "width of the class embedding", least=1)
     dropout: float = option(0.0, "dropout probability in residual blocks", least=0)
@@ -318,6 +322,7 @@ def overfit() -> Config:
     """Memorise one image per class with the full model: proves model, data and sampler."""
     return Config(
         mode="overfit",
+        model=ModelConfig(largest_unit=2.0),  # memorises in fewer steps
         # A picture has to be recalled from its class alone, at noise levels where min-SNR weights
         # are near zero.
         diffusion=DiffusionConfig(min_snr_gamma=0.0),
@@ -348,7 +353,9 @@ def demo() -> Config:
     """A small model on the built-in pictograms: the whole product on a laptop CPU."""
     return Config(
         mode="demo",
-        model=ModelConfig(num_res_blocks=(1, 1, 1), attention_sizes=(4,), patch_size=2),
+        model=ModelConfig(
+            num_res_blocks=(1, 1, 1), attention_sizes=(4,), patch_size=2, largest_unit=2.0
+        ),
         data=DataConfig(dataset="pictograms", image_size=32, horizontal_flip=False),
         train=TrainConfig(
             # On a CPU Muon nearly doubles the time of a step of so few pixels.
@@ -377,6 +384,10 @@ def flatten(config: Config) -> dict[str, object]:
     }
 
 
+# Settings of runs from before these could be chosen.
+FORMER = {"train.optimizer": "adamw", "model.largest_unit": 2.0}
+
+
 def from_dict(plain: dict) -> Config:
     """Inverse of to_dict; ConfigError for a missing section, unknown key or value of wrong type."""
     missing = {"mode", *SECTIONS} - plain.keys()
@@ -384,8 +395,7 @@ def from_dict(plain: dict) -> Config:
     overrides = {
         f"{section}.{key}": value for section in SECTIONS for key, value in plain[section].items()
     }
-    overrides.setdefault("train.optimizer", "adamw")  # of runs from before there was a choice
-    return replace(apply_overrides(Config(), overrides), mode=plain["mode"])
+    return replace(apply_overrides(Config(), FORMER | overrides), mode=plain["mode"])
 
 
 def apply_overrides(config: Config, overrides: dict[str, object]) -> Config:

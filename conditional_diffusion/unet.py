@@ -134,6 +134,7 @@ class UNet(nn.Module):
         num_res_blocks: residual blocks per level on the way down, and as many on the way up.
         attention_sizes: feature map sizes, in positions a side, with self-attention.
         patch_size: pixels a side of the patches that the trunk sees as one position.
+        largest_unit: of what the trunk adds to the linear guess, see WienerFilter.
         dropout: probability inside the residual blocks, in train mode only.
     """
 
@@ -150,6 +151,7 @@ class UNet(nn.Module):
         num_res_blocks: Sequence[int] = (2, 3, 3),
         attention_sizes: Sequence[int] = (16, 8),
         patch_size: int = 4,
+        largest_unit: float = 8.0,
         time_embed_dim: int = 128,
         class_embed_dim: int = 128,
         dropout: float = 0.0,
@@ -166,7 +168,9 @@ class UNet(nn.Module):
             raise ValueError(f"num_res_blocks {num_res_blocks} needs {levels} entries")
         self.patch_size, self.null_label = patch_size, num_classes
         self.time_embed_dim = time_embed_dim
-        self.wiener = WienerFilter(alphas_cumprod, prediction_type, image_size, in_channels)
+        self.wiener = WienerFilter(
+            alphas_cumprod, prediction_type, image_size, in_channels, largest_unit
+        )
 
         self.time_mlp = nn.Sequential(
             nn.Linear(time_embed_dim, time_embed_dim),

@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-# In larger units a small step of the network would be a leap in the few lowest frequencies.
-LARGEST_UNIT = 2.0
 SMALLEST_STD = 1e-3  # of a frequency: data may lack it, a network must still be able to draw it
 
 
@@ -60,15 +58,22 @@ class WienerFilter(nn.Module):
         alphas_cumprod: of the noise schedule, (T,).
         prediction_type: the training target, as of CosineNoiseScheduler.
         image_size: S. channels: C.
+        largest_unit: in larger ones a small step of the network would be a leap in the few
+            frequencies of which most is open, the lowest.
     """
 
     std: Tensor  # (C, S, S), by frequency of colour, row and column
 
     def __init__(
-        self, alphas_cumprod: Tensor, prediction_type: str, image_size: int, channels: int
+        self,
+        alphas_cumprod: Tensor,
+        prediction_type: str,
+        image_size: int,
+        channels: int,
+        largest_unit: float,
     ):
         super().__init__()
-        self.prediction_type = prediction_type
+        self.prediction_type, self.largest_unit = prediction_type, largest_unit
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
         self.register_buffer("space", dct_matrix(image_size).float(), persistent=False)
         self.register_buffer("colour", dct_matrix(channels).float(), persistent=False)
@@ -93,11 +98,11 @@ class WienerFilter(nn.Module):
         """The best linear guess from x_t, plus the rest in units of the guess's error.
 
         x_t, rest and the result, which is float32, are pictures (B, C, S, S). The units are
-        those of each frequency, at most LARGEST_UNIT.
+        those of each frequency, at most largest_unit.
         """
         alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         slope, error = linear_prediction(alphas_cumprod, self.std, self.prediction_type)
-        unit = error.clamp(max=LARGEST_UNIT)
+        unit = error.clamp(max=self.largest_unit)
         # Most of the guess may be the input's own noise, which has to cancel: no autocast.
         with torch.autocast(x_t.device.type, enabled=False):
             spectrum = slope * self.spectrum(x_t.float()) + unit * self.spectrum(rest.float())

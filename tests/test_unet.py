@@ -89,6 +89,18 @@ def test_patch_frequencies_stay_in_full_precision_under_autocast(tiny_model):
     assert_close(found, model.patches(x_t), rtol=0, atol=0)
 
 
+def test_larger_units_make_more_of_what_the_trunk_says(awake_model):
+    strong, outputs = 20 * torch.randn(50, 3, 16, 16), []
+    for largest_unit in (2.0, 8.0):
+        model = awake_model(largest_unit=largest_unit)
+        model.measure(strong)
+        x_t, timesteps, labels = inputs(2)
+        timesteps.fill_(49)  # nearly all noise: all of the data is open
+        guess = model.wiener(x_t, timesteps, torch.zeros_like(x_t))
+        outputs.append(model(x_t, timesteps, labels) - guess)
+    assert_close(outputs[1], 4 * outputs[0], rtol=1e-4, atol=1e-5)
+
+
 def test_network_starts_as_the_linear_guess(tiny_model):
     model = tiny_model()
     model.measure(0.3 * torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0)))

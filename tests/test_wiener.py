@@ -55,8 +55,8 @@ def test_cosine_transform_is_orthonormal_and_orders_frequencies(size):
 
 @pytest.fixture
 def make(schedule):
-    def build(prediction_type="v_prediction", size=8):
-        return WienerFilter(schedule().alphas_cumprod, prediction_type, size, 3)
+    def build(prediction_type="v_prediction", size=8, largest_unit=2.0):
+        return WienerFilter(schedule().alphas_cumprod, prediction_type, size, 3, largest_unit)
 
     return build
 
@@ -142,7 +142,7 @@ def test_rest_counts_in_units_of_what_the_guess_leaves_open(
 def test_large_units_are_cut(schedule):
     """v of data eight times as strong: what the guess leaves open is 8 / sqrt(variance of x_t)."""
     abar = schedule().alphas_cumprod
-    wiener = WienerFilter(abar, "v_prediction", 8, 3)
+    wiener = WienerFilter(abar, "v_prediction", 8, 3, 2.0)
     wiener.std.fill_(8.0)
     rest = images(1)
     opened = [8 / math.sqrt(64 * abar[t] + 1 - abar[t]) for t in (20, 45)]
