@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,18 @@ IMAGE_SIZES = (32, 64, 128, 256)
 WITH_ADAMW = "ours, with AdamW"
 GRID_PICTURES = 100
 GRIDS = (("ddpm", 1000), ("ddpm", 50), ("dpm-solver++", 20))  # samplers and their steps
+
+
+@contextmanager
+def products_in_tf32() -> Iterator[None]:
+    """What mixed precision leaves in float32, of which Muon's products are most."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 # What differs from the product: settings, and those of torch that the product leaves alone.
 SWITCHES = {
     "without compile": ({"train.compile": "false"}, nullcontext),
@@ -79,6 +91,7 @@ SWITCHES = {
         {"train.compile": "false"}, partial(patch.object, training_engine, "diffusion_loss",
                                             torch.compile(diffusion_loss, dynamic=False)),
     ),
+    "float32 products in TF32": ({}, products_in_tf32),
     "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
 }  # fmt: skip
 USER_ERRORS = (ConfigError,)

@@ -50,7 +50,7 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
 
 @pytest.mark.usefixtures("own_directory")
 def test_what_is_measured_on_cuda_runs_through(monkeypatch):
-    """On the CPU, without what only a GPU has; its settings for convolutions are put back."""
+    """On the CPU, without what only a GPU has; torch's settings are put back."""
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     for name, value in {"MATMUL_SIZE": {"cpu": 64}, "BATCH_SIZES": (2,), "GRID_PICTURES": 2,
@@ -61,13 +61,15 @@ def test_what_is_measured_on_cuda_runs_through(monkeypatch):
                  if name.startswith(("--model", "--data"))}  # fmt: skip
     config = apply_overrides(full(), {**overrides, "train.batch_size": "3"})
     report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1)
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    switches = ((torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
+                (torch.backends.cuda.matmul, "allow_tf32"))  # fmt: skip
+    before = [getattr(*switch) for switch in switches]
     benchmark.compare_on_cuda(report, config)
     found = {(m["what"], m["name"], m["images"]) for m in report.content["measurements"]}
     assert found == {("training step", "batch 2", 2), ("grid", "ddpm, 2 steps, guided", 2)} | {
         ("training step", name, 3) for name in benchmark.SWITCHES
     }
-    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == before
+    assert [getattr(*switch) for switch in switches] == before
 
 
 def die(config, name):
