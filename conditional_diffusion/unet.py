@@ -6,7 +6,7 @@ at 32, 16 and 8, where the information of an enlarged 32x32 picture is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,30 @@ class Stage(nn.Module):
         return self.attention(self.res(x, cond))
 
 
+def down_up_middle(
+    stage: Callable[[int, int], Stage], widths: Sequence[int], num_res_blocks: Sequence[int]
+) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
+    """The stages of a U-Net, down and up by level; `stage(in_channels, level)` makes one.
+
+    A stage on the way up sees the output of one on the way down as well, the last of them first.
+    """
+    channels, skip_channels = widths[0], []
+    down, up = nn.ModuleList(), nn.ModuleList()
+    for level, blocks in enumerate(num_res_blocks):
+        down.append(nn.ModuleList())
+        for _ in range(blocks):
+            down[-1].append(stage(channels, level))
+            channels = widths[level]
+            skip_channels.append(channels)
+    middle = nn.ModuleList([stage(channels, len(widths) - 1) for _ in range(2)])
+    for level in reversed(range(len(widths))):
+        up.append(nn.ModuleList())
+        for _ in range(num_res_blocks[level]):
+            up[-1].append(stage(channels + skip_channels.pop(), level))
+            channels = widths[level]
+    return down, up, middle
+
+
 class UNet(nn.Module):
     """Class-conditional U-Net; `forward(x_t, timesteps, class_labels)` has the shape of x_t.
 
@@ -194,22 +218,9 @@ class UNet(nn.Module):
             attention = size >> level in attention_sizes
             return Stage(in_channels, widths[level], cond_dim, dropout, attention)
 
-        channels, skip_channels = widths[0], []
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, blocks in enumerate(num_res_blocks):
-            self.down.append(nn.ModuleList())
-            for _ in range(blocks):
-                self.down[-1].append(stage(channels, level))
-                channels = widths[level]
-                skip_channels.append(channels)
-        self.middle = nn.ModuleList([stage(channels, levels - 1) for _ in range(2)])
-        for level in reversed(range(levels)):
-            self.up.append(nn.ModuleList())
-            for _ in range(num_res_blocks[level]):
-                self.up[-1].append(stage(channels + skip_channels.pop(), level))
-                channels = widths[level]
-        self.out_norm = group_norm(channels)
-        self.out = zeroed(nn.Conv2d(channels, patch_channels, 3, padding=1))
+        self.down, self.up, self.middle = down_up_middle(stage, widths, num_res_blocks)
+        self.out_norm = group_norm(widths[0])
+        self.out = zeroed(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
 
     def forward(self, x_t: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """x_t (B, C, H, W), timesteps (B,), class_labels (B,) -> (B, C, H, W)."""
