@@ -135,18 +135,27 @@ def download(root: Path) -> Path:
 
     # A broken or interrupted download must not be taken for the archive next time.
     unfinished = root / "unfinished_download"
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECTION_SECONDS)
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        download_url(CIFAR10.url, unfinished, CIFAR10.filename, CIFAR10.tgz_md5)
+        with noticing_silence():
+            download_url(CIFAR10.url, unfinished, CIFAR10.filename, CIFAR10.tgz_md5)
         os.replace(unfinished / CIFAR10.filename, root / CIFAR10.filename)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{THREE_WAYS} (The download failed: {error})") from error
     finally:
-        socket.setdefaulttimeout(timeout)
         shutil.rmtree(unfinished, ignore_errors=True)
     return root / CIFAR10.filename
+
+
+@contextmanager
+def noticing_silence() -> Iterator[None]:
+    """Inside, a server that says nothing for CONNECTION_SECONDS raises TimeoutError."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECTION_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def list_pictures(source: Path) -> list[Picture]:

@@ -4,7 +4,6 @@ Lists everything with its size before it goes, asks where a full run is among it
 a run is alive. Downloads and pictures that the user put into data/ are never touched.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from command_line import exit_with
+from command_line import Parser, exit_with
 from gpu_status import format_processes, query_processes
 from run_status import is_alive
 from training_monitor import RUN_DIRECTORIES, RunInUse, read_json, refuse_second_run
@@ -124,7 +123,7 @@ def clean_cuda(*, ask: bool) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("runs", "all", "cuda"), help="what to remove")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     args = parser.parse_args()

@@ -170,11 +170,11 @@ def space_needed(config: Config) -> int:
     import torch
 
     from build import build_model
+    from conditional_diffusion.checkpoint import expected_bytes
 
     with torch.device("meta"):
         model, _ = build_model(config, "meta")
-    checkpoint = 4 * sum(parameter.nbytes for parameter in model.parameters())
-    return (config.train.keep_checkpoints + 2) * checkpoint + DATA_BYTES
+    return (config.train.keep_checkpoints + 2) * expected_bytes(model) + DATA_BYTES
 
 
 def show(what: str, finding: Finding) -> None:

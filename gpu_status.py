@@ -1,6 +1,5 @@
 """What the GPUs are doing, and why training does or does not use one (`make gpu-status`)."""
 
-import argparse
 import contextlib
 import ctypes
 import json
@@ -12,6 +11,8 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from command_line import Parser
 
 QUERY = "index,name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
 PROCESS_QUERY = "pid,process_name,used_memory"
@@ -218,7 +219,7 @@ def format_facts(facts: Facts) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     as_json = parser.parse_args().json
     facts = gather_facts()

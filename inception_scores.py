@@ -7,7 +7,6 @@ and scores of the floor are kept in a cache folder, under names made from everyt
 
 import hashlib
 import json
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar10 import CONNECTION_SECONDS
+from cifar10 import noticing_silence
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
 from data import Split, to_images, to_x_start
@@ -132,18 +131,15 @@ def published_weights(url: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if path.exists():
         return path
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECTION_SECONDS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), PUBLISHED_SHA256, progress=False)
+        with noticing_silence():
+            torch.hub.download_url_to_file(url, str(path), PUBLISHED_SHA256, progress=False)
     except (OSError, RuntimeError, HTTPException) as error:
         raise InceptionUnavailable(
             f"the Inception weights could not be downloaded ({getattr(error, 'reason', error)}); "
             f"fetch {url} on a machine with internet access and put it at {path}"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     return path
 
 

@@ -2,7 +2,6 @@
 GIF (`make report`; a run writes them by itself when it ends).
 """
 
-import argparse
 import base64
 import io
 import sys
@@ -12,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 import config as settings
-from command_line import exit_with
+from command_line import Parser, exit_with
 from health import lowest, quarter_words, verdict
 from run_status import energy_text, read_facts
 from training_monitor import (
@@ -216,7 +215,7 @@ def write_report(folder: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="run directory (default: the newest)")
     folder = parser.parse_args().folder
     if folder is None:

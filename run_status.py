@@ -1,6 +1,5 @@
 """What the training runs are doing, read from their directories: `make status`, `make monitor`."""
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -13,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import exit_with
+from command_line import Parser, exit_with
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
 from health import lowest, quarter_words, verdict
 from training_monitor import (
@@ -289,7 +288,7 @@ def monitor(root: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("command", choices=("status", "monitor"))
     parser.add_argument("--json", action="store_true", help="the same as JSON, once")
     parser.add_argument("--root", type=Path, default=Path(), help="where the run directories are")

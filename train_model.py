@@ -24,6 +24,7 @@ from build import choose_device, config_of, machine_name, precision_name
 from cifar10 import DataError
 from conditional_diffusion.checkpoint import (
     CheckpointError,
+    expected_bytes,
     list_checkpoints,
     load_newest,
     require_classes,
@@ -300,7 +301,7 @@ def main() -> int:
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
             say(f"continuing at step {engine.step}{changes(run.config, saved_config)}")
-        require_space(folder, run.checkpoint_bytes())
+        require_space(folder, expected_bytes(run.model))
         status = session(run)
     if status not in (0, 1):  # interrupted
         hint = "it starts anew next time" if args.mode == "quick-test" else (

@@ -285,10 +285,6 @@ class Run:
             best=best,
         )
 
-    def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint, near enough: weights, EMA and at most two moments."""
-        return 4 * sum(parameter.nbytes for parameter in self.model.parameters())
-
     def train(self) -> bool:
         """Train to the end, a signal or the time limit; returns whether the run is complete.
 

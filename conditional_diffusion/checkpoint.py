@@ -47,6 +47,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in Path(folder).glob("*.pt") if NAME.fullmatch(path.name))
 
 
+def expected_bytes(model: torch.nn.Module) -> int:
+    """Size of a model's checkpoint, near enough: weights, EMA and at most two moments."""
+    return 4 * sum(parameter.nbytes for parameter in model.parameters())
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise WriteError unless the folder's disk has this many bytes free."""
     free = shutil.disk_usage(folder).free

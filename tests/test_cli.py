@@ -1,5 +1,6 @@
 """The scripts as a user runs them: whole small runs, resuming, and every kind of bad input."""
 
+import importlib
 import json
 import math
 import os
@@ -518,6 +519,19 @@ def test_prepare_refuses_bad_input(call):
     status, said = call(prepare_data, "--data-dir", "nowhere")
     assert status == 1
     assert_one_sentence(said, "nowhere does not exist")
+
+
+@pytest.mark.parametrize("command", [
+    "train_model --full", "generate_samples", "evaluate_samples", "prepare_data", "benchmark",
+    "doctor", "run_status status", "gpu_status", "report", "clean runs", "launch train_model.py",
+])  # fmt: skip
+def test_a_mistyped_flag_is_one_sentence_with_the_nearest(command, monkeypatch, capsys):
+    script, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--hepl", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main()
+    assert stop.value.code == 2
+    assert_one_sentence(capsys.readouterr().err, "'--hepl'", "'--help'")
 
 
 @pytest.mark.parametrize("script", ["train_model", "generate_samples", "prepare_data"])

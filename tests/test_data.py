@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import pickle
+import socket
 import struct
 import tarfile
 import threading
@@ -477,6 +478,17 @@ def test_no_network_and_no_data_says_the_three_ways(monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/unreachable")
     with pytest.raises(DataError, match="Three ways.*DATA_DIR.*cifar-10-python.tar.gz.*make data"):
         load()
+
+
+def test_a_server_that_says_nothing_counts_as_no_network(monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(cifar10, "CONNECTION_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # connects, but never answers
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{mute.getsockname()[1]}/archive")
+        with pytest.raises(DataError, match="Three ways.*timed out"):
+            load()
+    assert socket.getdefaulttimeout() is None
 
 
 def test_levels_round_to_the_nearest():
