@@ -29,8 +29,8 @@ PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 CACHE_VERSION = 1  # raise it when what is cached, or a number below, changes
 SEED = 2020  # of KID's subsets, the order before the splits, and the choice of n_floor images
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-SPLITS = 10  # of Inception Score
-NEIGHBOURS = 3  # whose farthest is the radius of precision and recall
+IS_SPLITS = 10  # of Inception Score
+PRC_NEIGHBOURS = 3  # whose farthest is the radius of precision and recall
 DISTANCE_ROWS = 1000  # computed at once: 200 MB for 50,000 reference images
 
 Reference = dict[str, np.ndarray]  # features float32 (N, D), their mean mu (D,) and sigma (D, D)
@@ -219,8 +219,8 @@ def compare(features: Tensor, logits: Tensor, known: Reference, device) -> dict:
 
     reference = torch.from_numpy(known["features"])
     fewest = min(len(features), len(reference))
-    subset_size, splits = min(KID_SUBSET_SIZE, fewest), min(SPLITS, len(features))
-    neighbours = min(NEIGHBOURS, fewest - 1)
+    subset_size, splits = min(KID_SUBSET_SIZE, fewest), min(IS_SPLITS, len(features))
+    neighbours = min(PRC_NEIGHBOURS, fewest - 1)
     isc = isc_features_to_metric(logits, splits, shuffle=True, rng_seed=SEED)
     kid = kid_features_to_metric(
         features, reference, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, rng_seed=SEED,

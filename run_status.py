@@ -33,7 +33,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunState:
     """What one run directory holds; files are (time, name, size), oldest first."""
 
     mode: str
@@ -82,21 +82,21 @@ def list_files(folder: Path, pattern: str) -> list[tuple[float, str, int]]:
     return sorted(found)
 
 
-def find_runs(root: Path) -> list[Run]:
+def find_runs(root: Path) -> list[RunState]:
     """The runs under root, in the order of RUN_DIRECTORIES."""
     runs = []
     for mode, name in RUN_DIRECTORIES.items():
         folder = root / name
         facts, records = read_facts(folder), read_metrics(folder)
-        train, validation, warnings = by_kind(records, "train", "validation", "warning")
         checkpoints = list_files(folder, "*.pt")
         samples = list_files(folder / "samples", "*.png")
         if facts is not UNKNOWN or records or checkpoints:
-            runs.append(Run(mode, name, facts, train, validation, warnings, checkpoints, samples))
+            kinds = by_kind(records, "train", "validation", "warning")
+            runs.append(RunState(mode, name, facts, *kinds, checkpoints, samples))
     return runs
 
 
-def state_text(run: Run, now: float) -> str:
+def state_text(run: RunState, now: float) -> str:
     state, ended = run.facts["state"], run.facts["ended"]
     if state == "running":
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.facts["started"]))
@@ -106,7 +106,7 @@ def state_text(run: Run, now: float) -> str:
     return state if ended is None else f"{state} {duration(now - ended)} ago"
 
 
-def progress_text(run: Run) -> str:
+def progress_text(run: RunState) -> str:
     if not run.train:
         return "no training record yet"
     step, epoch, total = run.train[-1]["step"], run.train[-1]["epoch"], run.facts["total_steps"]
@@ -124,14 +124,14 @@ def loss_text(records: list[dict], key: str) -> str:
     return f"last {records[-1][key]:<10.4g} best {best[key]:<10.4g} at step {best['step']}"
 
 
-def seconds_left(run: Run) -> float | None:
+def seconds_left(run: RunState) -> float | None:
     """Of a run that lives; None where that is not known."""
     if run.facts["state"] != "running":
         return None
     return time_left(run.train, run.facts["started"], run.facts["total_steps"])
 
 
-def speed_text(run: Run) -> str:
+def speed_text(run: RunState) -> str:
     """Images per second, and while the run lives the time left."""
     text = f"{run.train[-1]['images_per_second']:.1f} images/s" if run.train else "not known yet"
     if run.facts["state"] != "running":
@@ -151,7 +151,7 @@ def energy_text(train: list[dict]) -> str:
     return f"{text}, {sum(measured) / train[-1]['images_seen']:.3g} J per image"
 
 
-def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]:
+def status_rows(run: RunState, now: float, checkpoints: int) -> list[tuple[str, str]]:
     """Label and text of all there is to say in words, with so many of the newest checkpoints."""
     sample = f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else "none yet"
     files = [f"{name:<24}{size / 2**20:8.1f} MiB   {duration(now - modified)} ago"
@@ -176,7 +176,7 @@ def status_rows(run: Run, now: float, checkpoints: int) -> list[tuple[str, str]]
     ]
 
 
-def as_json(runs: list[Run]) -> list[dict]:
+def as_json(runs: list[RunState]) -> list[dict]:
     """The same for programs; times are seconds since 1970, losses as recorded or None."""
     content = [
         {
@@ -195,7 +195,7 @@ def as_json(runs: list[Run]) -> list[dict]:
     return json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN is no JSON
 
 
-def format_status(runs: list[Run], now: float) -> str:
+def format_status(runs: list[RunState], now: float) -> str:
     """Every run, in 80 columns."""
     blocks = []
     for run in runs:
@@ -216,7 +216,7 @@ def sparkline(losses: list[float], width: int) -> str:
     return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1))] for mean in means)
 
 
-def curve_rows(run: Run, now: float, room: int) -> list[tuple[str, str]]:
+def curve_rows(run: RunState, now: float, room: int) -> list[tuple[str, str]]:
     """What the monitor shows beside the words."""
     last, total = run.train[-1], run.facts["total_steps"]
     share = last["step"] / total if total else 0
@@ -232,7 +232,7 @@ def curve_rows(run: Run, now: float, room: int) -> list[tuple[str, str]]:
 
 
 def format_monitor(
-    runs: list[Run], gpus: list | str, now: float, width: int, height: int,
+    runs: list[RunState], gpus: list | str, now: float, width: int, height: int,
     processes: list[list[str]] = (),
 ) -> list[str]:  # fmt: skip
     """The lines of one screen: the run that is alive, else the newest, GPUs and their processes."""

@@ -132,7 +132,7 @@ def coverage(points, manifold, neighbours):
 
 
 def test_every_score_agrees_with_its_definition_in_float64(score, weights, monkeypatch):
-    monkeypatch.setattr(module, "SPLITS", 1)  # so that the order of the pictures is of no matter
+    monkeypatch.setattr(module, "IS_SPLITS", 1)  # so that the order of the pictures is of no matter
     # As many as the reference, so that KID's subsets are all alike; some good, some bad.
     pictures = torch.cat([REFERENCE.images[:3], images(9, 2, brightest=200)])
     result = score(pictures)
