@@ -78,13 +78,6 @@ def drop_labels(class_labels: Tensor, probability: float, null_label: int) -> Te
     return torch.where(dropped, null_label, class_labels)
 
 
-def stratified_timesteps(batch_size: int, num_train_timesteps: int, device) -> Tensor:
-    """Uniform timesteps (B,) that together cover 0..T-1 evenly (Kingma et al. 2021, app. I.1)."""
-    strata = torch.arange(batch_size, device=device) / batch_size
-    position = (torch.rand((), device=device) + strata) % 1.0
-    return (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-
-
 def min_snr_weights(
     scheduler: CosineNoiseScheduler, timesteps: Tensor, gamma: float
 ) -> Tensor:
@@ -98,6 +91,29 @@ def min_snr_weights(
     if scheduler.prediction_type == "sample":
         return clipped
     return clipped / (snr + 1)
+
+
+def importance_sampling(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """How often each timestep is drawn, and what its loss then counts, for loss weights (T,).
+
+    Half of the weight, its root, decides how often, the other half stays with the loss. The
+    expected gradient is that of uniform timesteps with all of the weight (Nichol & Dhariwal 2021,
+    sec. 3.3), but fewer images go where losses hardly count. Returns (cumulative probabilities,
+    float64 (T,); weights of the losses, float32 (T,)).
+    """
+    roots = weights.double().sqrt()
+    return roots.cumsum(0) / roots.sum(), (roots * roots.mean()).float()
+
+
+def stratified_timesteps(batch_size: int, cumulative: Tensor) -> Tensor:
+    """Timesteps (B,) with these cumulative probabilities (T,), which together follow them evenly.
+
+    One random number for all (Kingma et al. 2021, app. I.1), through the inverse of the cumulative.
+    """
+    strata = torch.arange(batch_size, dtype=cumulative.dtype, device=cumulative.device) / batch_size
+    position = (torch.rand((), device=cumulative.device) + strata) % 1.0
+    timesteps = torch.searchsorted(cumulative, position, right=True)
+    return timesteps.clamp(max=len(cumulative) - 1)  # the last probability may round to below one
 
 
 def diffusion_loss(
@@ -129,7 +145,7 @@ class TrainingEngine:
     weight_decay: float = 0.0  # decoupled
     grad_clip: float = 1.0  # largest gradient norm
     class_dropout_prob: float = 0.1  # see drop_labels
-    min_snr_gamma: float = 5.0  # see min_snr_weights
+    min_snr_gamma: float = 5.0  # see min_snr_weights and importance_sampling
     ema_halflife_images: float = 500_000  # see ema_decay, as for the next one
     ema_rampup_ratio: float = 0.1
     max_skipped_steps: int = 0  # steps in a row that may be left out for want of a finite gradient
@@ -157,6 +173,9 @@ class TrainingEngine:
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
+        timesteps = torch.arange(self.scheduler.num_train_timesteps, device=self.device)
+        weights = min_snr_weights(self.scheduler, timesteps, self.min_snr_gamma)
+        self._cumulative, self._loss_weights = importance_sampling(weights)
         self._reset_sums()
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -257,8 +276,7 @@ class TrainingEngine:
         batch_size, share = len(class_labels), self.processes.share(len(class_labels))
         seed = step_seed(self.seed, self.step)
         torch.manual_seed(seed)  # dropout included, hence global
-        T = self.scheduler.num_train_timesteps
-        timesteps = stratified_timesteps(batch_size, T, self.device)[share]
+        timesteps = stratified_timesteps(batch_size, self._cumulative)[share]
         noise = torch.randn(batch_size, *x_start.shape[1:], device=self.device)[share]
         if self.class_dropout_prob > 0:
             class_labels = drop_labels(
@@ -270,7 +288,7 @@ class TrainingEngine:
 
         if not self.model.training:
             self.model.train()
-        weights = min_snr_weights(self.scheduler, timesteps, self.min_snr_gamma)
+        weights = self._loss_weights[timesteps]
         size = -(-len(x_start) // self.micro_batches)
         results = []
         for start in range(0, len(x_start), size):
@@ -362,7 +380,8 @@ class TrainingEngine:
     def take_metrics(self) -> dict:
         """Means since the last call: loss, loss_quarters (least noise first), grad_norm, speed.
 
-        The loss is None if every step since was skipped. Raises TrainingDiverged, see train_step.
+        Losses are unweighted, over the timesteps that were drawn; the loss is None if every step
+        since was skipped. Raises TrainingDiverged, see train_step.
         Speed counts training steps alone; data_wait is the share of it spent waiting for batches.
         Reading the sums waits for the device, so they are read on logging steps only; that wait
         belongs to the steps.

@@ -17,6 +17,7 @@ from conditional_diffusion.training_engine import (
     TrainingDiverged,
     drop_labels,
     ema_decay,
+    importance_sampling,
     learning_rate_at,
     min_snr_weights,
     step_seed,
@@ -161,23 +162,41 @@ def test_labels_are_dropped_at_the_given_rate():
 
 @pytest.mark.parametrize("batch_size", [4, 12, 128])
 def test_stratified_timesteps_fill_every_quarter_equally(batch_size):
+    uniform = torch.arange(1, 1001, dtype=torch.float64) / 1000
     for seed in range(50):
         torch.manual_seed(seed)
-        timesteps = stratified_timesteps(batch_size, 1000, "cpu")
+        timesteps = stratified_timesteps(batch_size, uniform)
         assert timesteps.dtype == torch.long
         assert timesteps.min() >= 0 and timesteps.max() <= 999
         assert (timesteps // 250).bincount(minlength=4).tolist() == [batch_size // 4] * 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_each_place_in_the_batch_gets_uniform_timesteps(batch_size):
+def test_each_place_in_the_batch_gets_timesteps_as_often_as_asked_for(batch_size):
     torch.manual_seed(0)
-    n = 4000
-    draws = torch.stack([stratified_timesteps(batch_size, 10, "cpu") for _ in range(n)])
+    n, wanted = 4000, torch.tensor([0.3, 0.2, 0.0, 0.05, 0.45], dtype=torch.float64)
+    # A sum that falls short of one by rounding, as of many small numbers.
+    cumulative = wanted.cumsum(0) - 1e-9
+    draws = torch.stack([stratified_timesteps(batch_size, cumulative) for _ in range(n)])
     for place in range(batch_size):
-        shares = draws[:, place].bincount(minlength=10).double() / n
-        # Five standard deviations of a binomial: 5 sqrt(0.1 * 0.9 / 4000) = 0.0237.
-        assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=0.0237)
+        shares = draws[:, place].bincount(minlength=5).double() / n
+        # Five standard deviations of a binomial: 5 sqrt(0.5 * 0.5 / 4000) = 0.0395 at most.
+        assert_close(shares, wanted, rtol=0, atol=0.0395)
+        assert shares[2] == 0
+
+
+def test_drawing_timesteps_by_importance_leaves_expectations_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = torch.rand(2, 50, generator=generator, dtype=torch.float64)
+    weights[7] = 0
+    cumulative, counts = importance_sampling(weights)
+    shares = cumulative.diff(prepend=torch.zeros(1))
+    assert cumulative[-1].item() == pytest.approx(1) and shares[7] == 0
+    # In proportion to the root of the weight.
+    assert_close(shares.square() / shares.square().sum(), weights / weights.sum())
+    expected = (weights * gradients).mean().item()  # under uniform timesteps
+    assert (shares * counts * gradients).sum().item() == pytest.approx(expected, rel=1e-6)
+    assert_close(importance_sampling(torch.ones(4))[1], torch.ones(4))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -210,14 +229,17 @@ def test_loss_quarters_and_gradient_follow_from_what_the_network_saw(schedule, g
     """x_start = 0 makes everything known: noise = x_t / b and v = a noise, prediction 0."""
     scheduler, model = schedule(48), Probe()
     engine = engine_for(model, scheduler, min_snr_gamma=gamma)
+    every_abar = scheduler.alphas_cumprod.double()
+    every_weight = (every_abar / (1 - every_abar)).clamp(max=5) * (1 - every_abar)
+    root = every_weight.sqrt() if gamma else torch.ones(50)
     losses, quarters, gradients = [], [], []
     for _ in range(2):
         value = model.value.item()  # of this step's prediction: zero in the first step only
-        engine.train_step(torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.long))
+        engine.train_step(torch.zeros(64, 3, 4, 4), torch.zeros(64, dtype=torch.long))
         x_t, timesteps, _ = model.calls[-1]
-        abar = scheduler.alphas_cumprod.double()[timesteps]
+        abar = every_abar[timesteps]
         target = (abar / (1 - abar)).sqrt()[:, None] * x_t.double().flatten(1)
-        weights = (abar / (1 - abar)).clamp(max=5) * (1 - abar) if gamma else torch.ones(8)
+        weights = root[timesteps] * root.mean()
         losses.append(((value - target) ** 2).mean(1))
         quarters.append(timesteps // 12)
         gradients.append((2 * weights * (value - target).mean(1)).mean().abs().item())
@@ -228,7 +250,7 @@ def test_loss_quarters_and_gradient_follow_from_what_the_network_saw(schedule, g
         [losses[quarters == q].mean().item() for q in range(4)], rel=1e-4
     )
     assert metrics["grad_norm"] == pytest.approx(sum(gradients) / 2, rel=1e-4)
-    assert (metrics["step"], metrics["images_seen"]) == (2, 16)
+    assert (metrics["step"], metrics["images_seen"]) == (2, 128)
     # Sums start afresh; what was not seen is not reported as zero.
     assert engine.take_metrics()["loss_quarters"] == [None] * 4
 
