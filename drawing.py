@@ -68,7 +68,9 @@ def open_drawing(
         quick: sampler and steps of the grids drawn during training, unless overridden.
         processes: that draw together; the one that leads reads the file.
     """
-    processes, overrides = processes or Processes(), overrides or {}
+    processes, overrides = processes or Processes(), dict(overrides or {})
+    if overrides.get("sample.batch_size") == "auto":  # as it is unless a number is given
+        del overrides["sample.batch_size"]
     path, state = processes.from_leader(lambda: open_checkpoint(name))
     config = config_of(state, path)
     if quick:

@@ -167,6 +167,7 @@ def test_batch_size_is_chosen_only_where_none_is_given(draw, monkeypatch):
     monkeypatch.setattr(drawing, "fitting_batch_size", chosen)
     assert "3 at a time" in draw("--samples", 1, "--guidance", 2)
     assert "5 at a time" in draw("--samples", 1, "--batch-size", 5)
+    assert "3 at a time" in draw("--samples", 1, "--batch-size", "auto")
 
 
 @pytest.mark.parametrize(
