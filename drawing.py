@@ -22,8 +22,6 @@ from conditional_diffusion.processes import Processes
 from config import Config, ConfigError
 from training_monitor import RUN_DIRECTORIES, say
 
-AT_ONCE = 512  # pictures held as float32, 0.2 MB each at 128x128
-
 
 def open_checkpoint(name: str | None) -> tuple[Path, dict]:
     """The checkpoint asked for, or the newest usable one: full before overfit before demo.
@@ -56,32 +54,6 @@ def usable_folder(name: str | Path) -> Path:
     return folder
 
 
-def open_drawing(
-    name: str | None = None, overrides: dict | None = None, *, raw: bool = False,
-    quick: bool = False, processes: Processes | None = None,
-) -> "Drawing":  # fmt: skip
-    """The checkpoint that open_checkpoint finds, ready to draw from.
-
-    Args:
-        overrides: of settings, {"sample.guidance_scale": 3, ...}; else they are the checkpoint's.
-        raw: its raw weights instead of their EMA.
-        quick: sampler and steps of the grids drawn during training, unless overridden.
-        processes: that draw together; the one that leads reads the file.
-    """
-    processes, overrides = processes or Processes(), dict(overrides or {})
-    if overrides.get("sample.batch_size") == "auto":  # as it is unless a number is given
-        del overrides["sample.batch_size"]
-    path, state = processes.from_leader(lambda: open_checkpoint(name))
-    config = config_of(state, path)
-    if quick:
-        sampler, steps = config.sample.grid_sampler, config.sample.grid_steps
-        overrides = {"sample.sampler": sampler, "sample.num_inference_steps": steps, **overrides}
-    config = settings.apply_overrides(config, {"train.device": "auto", **overrides})
-    batch_size = config.sample.batch_size if "sample.batch_size" in overrides else None
-    device = choose_device(config, processes)
-    return Drawing(path, state, config, device, raw=raw, batch_size=batch_size)
-
-
 def file_hash(path: Path) -> str:
     """The first 16 hexadecimal digits of a file's SHA-256."""
     with open(path, "rb") as file:
@@ -89,25 +61,38 @@ def file_hash(path: Path) -> str:
 
 
 class Drawing:
-    """The model of a checkpoint and how it is sampled.
+    """The model of the checkpoint that open_checkpoint finds by this name, and how it is sampled.
 
     Args:
-        path, state: the checkpoint. raw: its raw weights instead of their EMA.
-        config: its config, changed where the user asked for it.
-        batch_size: pictures denoised together; None: as many as fit.
+        overrides: of settings, {"sample.guidance_scale": 3, ...}; else they are the checkpoint's.
+            Without a number for the batch size it is what fits.
+        raw: the checkpoint's raw weights instead of their EMA.
+        quick: sampler and steps of the grids drawn during training, unless overridden.
+        processes: that draw together; the one that leads reads the file.
     """
 
-    def __init__(self, path: Path, state: dict, config: Config, device: torch.device, *,
-                 raw: bool, batch_size: int | None):  # fmt: skip
-        self.device, self.raw = device, raw
-        self.path, self.step, self.images_seen = path, state["step"], state["images_seen"]
+    def __init__(self, name: str | None = None, overrides: dict | None = None, *,
+                 raw: bool = False, quick: bool = False,
+                 processes: Processes | None = None):  # fmt: skip
+        processes, overrides = processes or Processes(), dict(overrides or {})
+        if overrides.get("sample.batch_size") == "auto":
+            del overrides["sample.batch_size"]
+        self.path, state = processes.from_leader(lambda: open_checkpoint(name))
+        config = config_of(state, self.path)
+        if quick:
+            overrides = {"sample.sampler": config.sample.grid_sampler,
+                         "sample.num_inference_steps": config.sample.grid_steps, **overrides}
+        config = settings.apply_overrides(config, {"train.device": "auto", **overrides})
+        self.device, self.raw = choose_device(config, processes), raw
+        self.step, self.images_seen = state["step"], state["images_seen"]
         self.hash, self.class_names = state["hash"], tuple(state["class_names"])
-        self.model, self.scheduler = build_model(config, device, len(self.class_names))
+        self.model, self.scheduler = build_model(config, self.device, len(self.class_names))
         weights = state["model" if raw else "ema"]
-        require_weights(path, weights, self.model)
+        require_weights(self.path, weights, self.model)
         self.model.load_state_dict(weights)
         self.configure(config)
-        self.batch_size = batch_size or self.fitting_batch_size()
+        given = config.sample.batch_size if "sample.batch_size" in overrides else None
+        self.batch_size = given or self.fitting_batch_size()
 
     def configure(self, config: Config) -> None:
         """Sample with the settings of this config from now on."""
@@ -150,19 +135,16 @@ class Drawing:
             f"{facts['guidance_scale']:g}, {self.batch_size} at a time"
         )
 
-    def draw(self, labels: Tensor, seeds: Sequence[int],
-             callback: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:  # fmt: skip
+    def draw(self, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         """Pictures (N, 3, S, S) of labels int64 (N,), as Sampler.sample returns them."""
-        return self.sampler.sample(
-            self.model, labels.to(self.device), (3, self.size, self.size), seeds,
-            batch_size=self.batch_size, callback=callback,
-        )  # fmt: skip
+        return torch.cat(list(self.draw_parts(labels, seeds)))
 
     def draw_parts(
         self, labels: Tensor, seeds: Sequence[int],
-        callback: Callable[[int, Tensor, Tensor], None],
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """The same, AT_ONCE pictures after the other, so that memory need not hold all."""
-        for start in range(0, len(seeds), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            yield self.draw(labels[part], seeds[part], callback)
+        """The same, batch by batch, so that memory need not hold all."""
+        return self.sampler.sample_parts(
+            self.model, labels.to(self.device), (3, self.size, self.size), seeds,
+            batch_size=self.batch_size, callback=callback,
+        )  # fmt: skip

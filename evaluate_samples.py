@@ -24,7 +24,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
 from data import load_splits, to_images
-from drawing import Drawing, open_drawing, usable_folder
+from drawing import Drawing, usable_folder
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
 from training_monitor import append_record, labelled_grid, progress, save_image, say
@@ -114,13 +114,9 @@ def draw(drawing: Drawing, per_class: int, seed: int, processes: Processes) -> P
     own = torch.arange(share.start, share.stop)
     quiet = None if processes.leads else True
     with tqdm(total=len(own), unit="picture", disable=quiet, leave=False) as bar:
-
-        def advance(done, x_t, x_start):
-            if done == len(drawing.sampler.timesteps):
-                bar.update(len(x_t))
-
-        for pictures in drawing.draw_parts(labels[own], (own + seed).tolist(), advance):
+        for pictures in drawing.draw_parts(labels[own], (own + seed).tolist()):
             parts.append(to_images(pictures).cpu())
+            bar.update(len(pictures))
     gathered = [part.numpy() for process in processes.gather(parts) for part in process]
     return Pictures(torch.from_numpy(np.concatenate(gathered)), labels) if gathered else None
 
@@ -241,8 +237,7 @@ def score_checkpoint(args, overrides: dict) -> Path:
     if scales and "sample.guidance_scale" in overrides:
         raise ConfigError("--sweep and --guidance exclude each other")
     processes = cli.join_processes()
-    drawing = open_drawing(args.checkpoint, overrides, raw=args.raw, quick=True,
-                           processes=processes)  # fmt: skip
+    drawing = Drawing(args.checkpoint, overrides, raw=args.raw, quick=True, processes=processes)
     require_classes(drawing.path, drawing.class_names, CLASS_NAMES)
     config = drawing.config
     if config.data.dataset == "pictograms" and "data.data_dir" in overrides:

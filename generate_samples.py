@@ -23,7 +23,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import ConfigError
 from data import to_arrays
-from drawing import open_drawing, usable_folder
+from drawing import Drawing, usable_folder
 from training_monitor import (
     evenly,
     labelled_grid,
@@ -117,8 +117,6 @@ class Album:
         first = len(self.names) - self.drawn
         if done in self.states and first > 0:
             self.states[done][self.drawn] = torch.stack([x_t[:first], x_start[:first]]).cpu()
-        if done == len(self.timesteps):
-            self.add(to_arrays(x_t))
 
     def add(self, images: np.ndarray) -> None:
         """The next finished pictures, uint8 (B, H, W, 3)."""
@@ -180,7 +178,7 @@ def main() -> int:
     args = parse_arguments()
     seeds = parse_seeds(args.seed, args.samples)
     processes = cli.join_processes()
-    drawing = open_drawing(
+    drawing = Drawing(
         args.checkpoint, cli.config_overrides(args), raw=args.raw, processes=processes
     )
     class_names = drawing.class_names
@@ -198,8 +196,8 @@ def main() -> int:
     if album.seeds:  # there may be fewer than processes
         labels = torch.tensor(classes).repeat(len(album.seeds))
         seeds = [seed for seed in album.seeds for _ in names]
-        for _ in drawing.draw_parts(labels, seeds, album.on_step):
-            pass  # the album has taken them
+        for pictures in drawing.draw_parts(labels, seeds, album.on_step):
+            album.add(to_arrays(pictures))
     album.finish()
     animation = f"; animation: {output / 'trajectory.gif'}" if args.trajectory else ""
     say(f"grid: {output / 'grid.png'}; facts: {output / 'samples.json'}{animation}")

@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,21 +51,23 @@ def empty_caches() -> None:
         torch.cuda.empty_cache()
 
 
-def in_parts(work: Callable[[slice], Result], count: int, size: int, what: str) -> list[Result]:
-    """[work(part), ...] for slices of at most `size` that together cover range(count).
+def in_parts(
+    work: Callable[[slice], Result], count: int, size: int, what: str
+) -> Iterator[Result]:
+    """work(part), one after the other, for slices of at most `size` that cover range(count).
 
     Where memory runs out the parts become half as large, said in the log with `what` they are.
     Raises OutOfMemory if a single item is too much.
     """
-    results: list[Result] = []
     start, size = 0, min(size, count)
     while start < count:
         try:
-            results.append(work(slice(start, start + size)))
+            result = work(slice(start, start + size))
         except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
         else:
+            yield result
             start += size
             continue
         # Out here nothing holds on to the memory of the attempt any more.
@@ -74,7 +76,6 @@ def in_parts(work: Callable[[slice], Result], count: int, size: int, what: str) 
             raise OutOfMemory(f"out of memory with {what} one at a time; use another device")
         size //= 2
         logger.warning("out of memory: %s go %d at a time from here", what, size)
-    return results
 
 
 def available_cpu_memory() -> int:

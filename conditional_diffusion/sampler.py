@@ -4,7 +4,7 @@ All have one signature. Every picture has a generator of its own, so it depends 
 class alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
@@ -108,8 +108,11 @@ class Sampler:
         fraction = timestep / max(1, self.scheduler.num_train_timesteps - 1)
         return self.guidance_scale if low <= fraction <= high else 1.0
 
-    @torch.no_grad()
-    def sample(
+    def sample(self, *arguments, **options) -> Tensor:
+        """All pictures of sample_parts, (N, *shape)."""
+        return torch.cat(list(self.sample_parts(*arguments, **options)))
+
+    def sample_parts(
         self,
         model: nn.Module,
         class_labels: Tensor,
@@ -118,8 +121,10 @@ class Sampler:
         *,
         batch_size: int | None = None,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Pictures (N, *shape) in [-1, 1] where clipped, float32, on the device of class_labels.
+    ) -> Iterator[Tensor]:
+        """Pictures, batch by batch: (n, *shape), float32, on the device of class_labels.
+
+        They lie in [-1, 1] where clipped. Where memory runs out batches become smaller.
 
         Args:
             model: `model(x_t, timesteps, class_labels)`, with `null_label` if guided.
@@ -129,13 +134,13 @@ class Sampler:
             batch_size: pictures denoised together; None means all.
             callback: called with (steps done in this batch, x_t, x_start) after each step.
         """
+        @torch.no_grad()
         def draw(part: slice) -> Tensor:
-            return self._sample_batch(model, class_labels[part], shape, seeds[part], callback)
+            # One autocast for all steps: it casts weights that require gradients only once.
+            with evaluating(model), autocast(class_labels.device, self.autocast_dtype):
+                return self._sample_batch(model, class_labels[part], shape, seeds[part], callback)
 
-        # One autocast for all steps: it casts weights that require gradients only once.
-        with evaluating(model), autocast(class_labels.device, self.autocast_dtype):
-            pictures = in_parts(draw, len(seeds), batch_size or len(seeds), "pictures")
-        return torch.cat(pictures)
+        return in_parts(draw, len(seeds), batch_size or len(seeds), "pictures")
 
     def _sample_batch(self, model, class_labels, shape, seeds, callback) -> Tensor:
         device = class_labels.device

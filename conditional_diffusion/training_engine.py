@@ -212,7 +212,7 @@ class TrainingEngine:
             optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
             optimizer.step()
         self.scaler.update()
-        self._drop_gradients()
+        self.model.zero_grad()
 
         self.step += 1
         self.images_seen += batch_size
@@ -233,10 +233,6 @@ class TrainingEngine:
         empty_caches()  # NCCL takes its buffers from what is free, not from torch's cache
         self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
         self.network, self.tied = average_gradients(self.network), True
-
-    def _drop_gradients(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
 
     @torch.no_grad()
     def _update_average(self, batch_size: int) -> None:
@@ -263,7 +259,7 @@ class TrainingEngine:
                     f"out of memory at step {self.step} in process {self.processes.rank} of "
                     f"{self.processes.world_size}; end what else uses its device, then run again"
                 )
-            self._drop_gradients()
+            self.model.zero_grad()
             self._split_further(len(x_start))
 
     def _compute_gradients(self, x_start: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,7 +314,7 @@ class TrainingEngine:
         try:
             self._compute_gradients_in_parts(x_start, class_labels)
         finally:
-            self._drop_gradients()
+            self.model.zero_grad()
 
     def _split_further(self, batch_size: int) -> None:
         """After running out of memory: twice as many parts per batch, for the rest of the run."""
@@ -430,7 +426,7 @@ class TrainingEngine:
 
         with evaluating(model), autocast(self.device, self.autocast_dtype):
             size = -(-batch_size // self.micro_batches)
-            parts = in_parts(loss_of, len(own_labels), size, "validation images")
+            parts = list(in_parts(loss_of, len(own_labels), size, "validation images"))
         if parts:  # there may be fewer images than processes
             losses[share] = torch.cat(parts)
         return self.processes.sum(losses).mean().item()

@@ -54,7 +54,7 @@ def test_pictures_in_python_as_readme_shows_them():
     exec(textwrap.dedent(code), names)
     assert names["pictures"].shape == (2, 3, 16, 16)
     assert names["drawing"].config.sample.guidance_scale == 3
-    again = drawing.open_drawing("checkpoints", {"sample.guidance_scale": 3})
+    again = drawing.Drawing("checkpoints", {"sample.guidance_scale": 3})
     torch.testing.assert_close(again.draw(torch.tensor([5]), [1]), names["pictures"][1:])
 
 
@@ -313,15 +313,6 @@ def test_earlier_pictures_are_moved_aside_not_lost(draw):
         assert names(OUT) == {"cat_0000.png", "grid.png", "samples.json", "cat_drawing.png"}
     assert {p.name: p.read_bytes() for p in (OUT / "earlier_1").iterdir()} == earlier
     assert names(OUT / "earlier_2") == {"cat_0000.png", "grid.png", "samples.json"}
-
-
-def test_many_pictures_are_drawn_in_parts(draw, monkeypatch):
-    arguments = ["--samples", 5, "--classes", "cat", "--trajectory", "--batch-size", 1]
-    draw(*arguments)
-    whole = {path.name: path.read_bytes() for path in OUT.glob("*.png")}
-    monkeypatch.setattr("drawing.AT_ONCE", 2)
-    draw(*arguments)
-    assert {path.name: path.read_bytes() for path in OUT.glob("*.png")} == whole
 
 
 def test_long_grids_end(draw, monkeypatch):

@@ -449,6 +449,20 @@ def test_nothing_but_the_predicted_image_is_clipped(schedule, sampler_class):
     assert trajectories[True][0][1].abs().max() > 2.5
 
 
+def test_pictures_come_batch_by_batch_and_leave_the_caller_as_it_was(awake_model, schedule):
+    sampler, model = DDIMSampler(schedule(), num_inference_steps=2), awake_model()
+    arguments = model, torch.arange(5), (3, 16, 16), list(range(5))
+    parts, done = [], []
+    options = {"batch_size": 2, "callback": lambda *step: done.append(step)}
+    for pictures in sampler.sample_parts(*arguments, **options):
+        parts.append(pictures)
+        assert len(done) == 2 * len(parts), "the next batch is not drawn before it is asked for"
+        # Between batches other code runs.
+        assert model.training and torch.is_grad_enabled()
+    assert [len(part) for part in parts] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat(parts), sampler.sample(*arguments), rtol=0, atol=1e-4)
+
+
 def test_out_of_memory_draws_fewer_at_a_time_and_the_same_pictures(awake_model, schedule, caplog):
     sampler = DDPMSampler(schedule(), num_inference_steps=3)
     labels, seeds = torch.arange(7), list(range(7))
