@@ -56,7 +56,7 @@ class CosineNoiseScheduler(nn.Module):
 
     betas: Tensor  # (T,)
     alphas_cumprod: Tensor  # (T,)
-    posterior_variance: Tensor  # (T,)
+    snr: Tensor  # (T,), the signal-to-noise ratio abar / (1 - abar)
 
     def __init__(
         self,
@@ -80,7 +80,6 @@ class CosineNoiseScheduler(nn.Module):
         if image_size and reference_size and image_size != reference_size:
             abar = shift_log_snr(abar, 2 * math.log(reference_size / image_size))
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        posterior_variance = posterior_coefficients(abar, abar_prev)[2]
         # Sampling derives its coefficients from this one, where float32 would cost digits.
         self.register_buffer("alphas_cumprod_float64", abar, persistent=False)
         tables = {
@@ -88,8 +87,7 @@ class CosineNoiseScheduler(nn.Module):
             "alphas_cumprod": abar,
             "sqrt_alphas_cumprod": abar.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
-            "snr_table": abar / (1 - abar),
-            "posterior_variance": posterior_variance,
+            "snr": abar / (1 - abar),
         }
         for name, table in tables.items():
             # Derived from the config, hence not part of a checkpoint.
@@ -126,16 +124,3 @@ class CosineNoiseScheduler(nn.Module):
         if self.prediction_type == "sample":
             return model_output
         return signal * x_t - sigma * model_output
-
-    def predict_noise(self, model_output: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise implied by the network's output at x_t, shape of x_t."""
-        signal, sigma = self.rates(timesteps, x_t)
-        if self.prediction_type == "epsilon":
-            return model_output
-        if self.prediction_type == "sample":
-            return (x_t - signal * model_output) / sigma
-        return sigma * x_t + signal * model_output
-
-    def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio abar / (1 - abar) at timesteps (B,), shape (B,)."""
-        return self.snr_table[timesteps]

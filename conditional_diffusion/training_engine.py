@@ -78,11 +78,9 @@ def drop_labels(class_labels: Tensor, probability: float, null_label: int) -> Te
     return torch.where(dropped, null_label, class_labels)
 
 
-def min_snr_weights(
-    scheduler: CosineNoiseScheduler, timesteps: Tensor, gamma: float
-) -> Tensor:
-    """Loss weights (B,), Hang et al. 2023, sec. 3.4, in terms of the prediction; gamma 0: ones."""
-    snr = scheduler.snr(timesteps)
+def min_snr_weights(scheduler: CosineNoiseScheduler, gamma: float) -> Tensor:
+    """Loss weights (T,), Hang et al. 2023, sec. 3.4, in terms of the prediction; gamma 0: ones."""
+    snr = scheduler.snr
     if gamma == 0:
         return torch.ones_like(snr)
     clipped = snr.clamp(max=gamma)
@@ -173,8 +171,7 @@ class TrainingEngine:
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
-        timesteps = torch.arange(self.scheduler.num_train_timesteps, device=self.device)
-        weights = min_snr_weights(self.scheduler, timesteps, self.min_snr_gamma)
+        weights = min_snr_weights(self.scheduler, self.min_snr_gamma)
         self._cumulative, self._loss_weights = importance_sampling(weights)
         self._reset_sums()
 
