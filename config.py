@@ -309,7 +309,7 @@ OPTIONS = {
 
 def differences(old: Config, new: Config) -> dict[str, tuple]:
     """{"train.epochs": (100, 3), ...}: the settings in which they differ, old and new."""
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
 
@@ -375,13 +375,13 @@ def to_dict(config: Config) -> dict:
     return asdict(config)
 
 
-def flatten(config: Config) -> dict[str, object]:
-    """{"train.epochs": 100, ...}: every setting under its full name."""
+def flatten(plain: dict) -> dict[str, object]:
+    """{"train.epochs": 100, ...}: every setting of a config's plain dict under its full name."""
     return {
         f"{section}.{key}": value
-        for section in SECTIONS
-        for key, value in vars(getattr(config, section)).items()
-    }
+        for section, settings in plain.items() if isinstance(settings, dict)
+        for key, value in settings.items()
+    }  # fmt: skip
 
 
 # Settings of runs from before these could be chosen.
@@ -392,10 +392,7 @@ def from_dict(plain: dict) -> Config:
     """Inverse of to_dict; ConfigError for a missing section, unknown key or value of wrong type."""
     missing = {"mode", *SECTIONS} - plain.keys()
     require(not missing, f"{', '.join(sorted(missing))} missing")
-    overrides = {
-        f"{section}.{key}": value for section in SECTIONS for key, value in plain[section].items()
-    }
-    return replace(apply_overrides(Config(), FORMER | overrides), mode=plain["mode"])
+    return replace(apply_overrides(Config(), FORMER | flatten(plain)), mode=plain["mode"])
 
 
 def apply_overrides(config: Config, overrides: dict[str, object]) -> Config:

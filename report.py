@@ -136,12 +136,11 @@ def config_section(plain: dict) -> str:
     try:
         ours, preset = settings.from_dict(plain), settings.PRESETS[plain["mode"]]()
     except (settings.ConfigError, KeyError, TypeError):  # of another version
-        rows = [(f"{section}.{key}", value) for section, values in plain.items()
-                if isinstance(values, dict) for key, value in values.items()]  # fmt: skip
-        return table(rows)
+        return table(list(settings.flatten(plain).items()))
     changed = settings.differences(preset, ours)
     first = [(name, new, f"instead of {old!r}") for name, (old, new) in changed.items()]
-    rest = [(name, v, "") for name, v in settings.flatten(ours).items() if name not in changed]
+    every = settings.flatten(settings.to_dict(ours))
+    rest = [(name, value, "") for name, value in every.items() if name not in changed]
     return table(first + rest, ["changed"] * len(first) + [""] * len(rest))
 
 
