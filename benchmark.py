@@ -72,11 +72,12 @@ GRIDS = (("ddpm", 1000), ("ddpm", 50), ("dpm-solver++", 20))  # samplers and the
 @contextmanager
 def products_in_tf32() -> Iterator[None]:
     """What mixed precision leaves in float32, of which Muon's products are most."""
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # What differs from the product: settings, and those of torch that the product leaves alone.
@@ -411,10 +412,11 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
     torch.compiler.reset()
     gc.collect()  # the variant before
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
     engine = engine_for(build_model(config, device)[0], config, device, images)
     flops = 3 * images * forward_flops(engine.model, config.data.image_size, device)
     work = partial(engine.train_step, *random_batch(images, config.data.image_size, device))
+    work()
+    torch.cuda.reset_peak_memory_stats(device)  # compiling, and running out of memory, raised it
     report.add("training step", name, report.time({name: work})[name], images,
                flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
                parts=engine.micro_batches)  # fmt: skip

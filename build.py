@@ -29,7 +29,8 @@ def choose_device(config: Config, processes: Processes | None = None):
         # reproducibility"); cuDNN follows torch's setting.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
+    # fp32 means float32, whatever the environment says.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -132,13 +132,19 @@ def sent(index: Tensor, device: torch.device) -> Tensor:
     return index.to(device, non_blocking=True)
 
 
+def live_on(images: Tensor, device: torch.device) -> bool:
+    """Whether images are kept on the device: a GPU of whose free memory they take less than half.
+    """
+    return device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+
+
 class TrainingBatches:
     """Endless (x_start, class_labels) batches, a function of (seed, step) alone.
 
     Epoch e visits every image `repeats` times, in an order drawn from (seed, e); its last,
-    incomplete batch is left out unless it is the only one. The uint8 images live on the device
-    where they fit into half of its free memory. Of several processes each gets the images of its
-    share of a batch, but all the labels.
+    incomplete batch is left out unless it is the only one. The uint8 images may live on the device
+    (live_on). Of several processes each gets the images of its share of a batch, but all the
+    labels.
 
     Args:
         share: the part of range(batch size) that this process works on.
@@ -151,8 +157,8 @@ class TrainingBatches:
         self.images, self.labels = split.images, split.labels
         if self.device.type == "cuda":
             self.labels = self.labels.to(self.device)
-            if self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
-                self.images = self.images.to(self.device)
+        if live_on(self.images, self.device):
+            self.images = self.images.to(self.device)
         images_per_epoch = len(split) * data.repeats
         self.batch_size = min(batch_size, images_per_epoch)
         self.steps_per_epoch = images_per_epoch // self.batch_size

@@ -17,6 +17,7 @@ from command_line import Parser
 QUERY = "index,name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
 PROCESS_QUERY = "pid,process_name,used_memory"
 NVML = "libnvidia-ml.so.1"  # comes with the driver, as nvidia-smi does
+OLDEST_WHEEL = 12  # the major version of CUDA that torch's oldest wheels are built for
 NOT_INSTALLED = "nvidia-smi, and so the NVIDIA driver, is not installed"
 
 
@@ -191,9 +192,11 @@ def diagnose(facts: Facts) -> tuple[bool, str]:
     if facts.visible is not None and "No CUDA GPUs" in facts.problem:
         return False, "CUDA_VISIBLE_DEVICES hides every GPU. Cure: `unset CUDA_VISIBLE_DEVICES`."
     if facts.driver_cuda and int(float(facts.driver_cuda)) < int(float(facts.torch_cuda)):
+        cure = "upgrade the driver"
+        if float(facts.driver_cuda) >= OLDEST_WHEEL:
+            cure += f", or else {replace_torch(facts.driver_cuda)}"
         return False, (f"The driver serves CUDA up to {facts.driver_cuda}, but torch is built for "
-                       f"CUDA {facts.torch_cuda}. Cure: upgrade the driver, or else "
-                       + replace_torch(facts.driver_cuda))  # fmt: skip
+                       f"CUDA {facts.torch_cuda}. Cure: {cure}")  # fmt: skip
     return False, (f"Driver and torch fit, but CUDA does not work ({facts.problem}). Cure: stop "
                    "what else uses the GPU, restart the machine, or start its container with "
                    "`--gpus all`.")  # fmt: skip

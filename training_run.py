@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import config as settings
-from build import build_model, build_sampler, switched_on, training_dtype
+from build import build_model, build_sampler, precision_name, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
 from conditional_diffusion.checkpoint import require_weights
 from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
-from data import Split, TrainingBatches, spread, to_arrays, to_x_start
+from data import Split, TrainingBatches, live_on, spread, to_arrays, to_x_start
 from gpu_status import EnergyMeter, first_line
 from health import loss_findings, picture_findings, validation_findings
 from scores import nearest_images
@@ -61,8 +61,11 @@ def compiler_problem(work: Callable[[], object]) -> str:
 
 def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
     """Compile the training step, or say why not: a run must not depend on a compiler."""
+    from torch._dynamo import config as dynamo
     from torch._functorch import config as compiler
 
+    # Of several processes too the network is compiled as a whole, in whatever shape it comes.
+    dynamo.optimize_ddp = False
     # Backward runs outside autocast, as without a compiler: what is float32 in the network has
     # float32 gradients.
     compiler.backward_pass_autocast = "off"
@@ -111,6 +114,14 @@ class Run:
                 f"a batch of {self.batches.batch_size} images is too small for "
                 f"{self.processes.world_size} processes; raise train.batch_size or start fewer"
             )
+        dtype = training_dtype(config, device)
+        leaders = self.processes.from_leader(lambda: dtype)
+        if dtype != leaders:
+            raise ConfigError(
+                f"process {self.processes.rank} would train in {precision_name(dtype)}, the first "
+                f"one in {precision_name(leaders)}: their GPUs differ; choose a precision for all, "
+                "as with --train.precision fp32"
+            )
         if saved is None:  # else it comes with the weights
             self.model.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])
         self.engine = TrainingEngine(
@@ -124,7 +135,7 @@ class Run:
             ema_halflife_images=train.ema_halflife_images,
             ema_rampup_ratio=train.ema_rampup_ratio,
             max_skipped_steps=train.max_skipped_steps, seed=train.seed,
-            autocast_dtype=training_dtype(config, device), processes=self.processes,
+            autocast_dtype=dtype, processes=self.processes,
         )  # fmt: skip
         self.monitor: TrainingMonitor | None = None  # of the process that leads
         self.stop_signal = 0  # that asked this process, and so all, to stop
@@ -152,10 +163,12 @@ class Run:
                 self.model(x_t, labels, labels).float().sum().backward()
             self.model.zero_grad()
 
-        images = len(self.splits["train"]) * config.data.repeats
-        # In the place of average and momenta, which come after it.
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
-        held = torch.empty(3 * weights, dtype=torch.uint8, device=device)
+        train = self.splits["train"]
+        images = len(train) * config.data.repeats
+        # In the place of average, momenta and the pictures, which come after it.
+        later = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
+        later += train.images.nbytes * live_on(train.images, device)
+        held = torch.empty(later, dtype=torch.uint8, device=device)
         fitting = fitting_batch_size(trial, size**2, device, LARGEST_TRAINING_BATCH)
         del held
         fitting = self.processes.extreme(fitting, largest=False) * self.processes.world_size

@@ -14,7 +14,9 @@ Result = TypeVar("Result")
 logger = logging.getLogger("conditional_diffusion")
 # torch's allocator of the GPU has a RuntimeError of its own; what else allocates says it in words.
 MEMORY_ERRORS = (RuntimeError, MemoryError)
-MEMORY_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+MEMORY_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+# What torch says where none of cuDNN's kernels works, for want of memory or because there is none.
+NO_KERNEL, FULL = "unable to find an engine", 0.05  # share of the GPU below which it is the former
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MEMORY_SHARE = 0.8  # of what is free; the rest is for fragmentation and for other programs
@@ -30,8 +32,15 @@ class OutOfMemory(MemoryError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(words in str(error) for words in MEMORY_WORDS)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return any(words in text for words in MEMORY_WORDS) or NO_KERNEL in text and gpu_is_full()
+
+
+def gpu_is_full() -> bool:
+    free, total = torch.cuda.mem_get_info()
+    return free < FULL * total
 
 
 def keep_freed_memory() -> None:

@@ -35,6 +35,8 @@ from .sampler import autocast, evaluating
 # Running sums since the last record, by attribute; durations are not among them.
 SUMS = ("_losses", "_counts", "_grad_norms", "_summed_steps")
 FP16_HALVINGS = 16  # from the scale that loss scaling starts with down to 1
+# Room on each GPU for what several processes exchange, beside one more copy of the gradients.
+NCCL_BYTES = 2**29
 QUARTERS = 4  # of the timesteps, from least to most noise, for which losses are reported apart
 
 
@@ -308,9 +310,14 @@ class TrainingEngine:
         Finds out how many parts memory needs and whether a compiled network works, which several
         processes do before their first step, each for itself.
         """
+        reserve = None
+        if self.processes.several and self.device.type == "cuda":
+            size = sum(weight.nbytes for weight in self._weights) + NCCL_BYTES
+            reserve = torch.empty(size, dtype=torch.uint8, device=self.device)
         try:
             self._compute_gradients_in_parts(x_start, class_labels)
         finally:
+            del reserve
             self.model.zero_grad()
 
     def _split_further(self, batch_size: int) -> None:

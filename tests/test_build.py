@@ -86,10 +86,12 @@ def test_network_is_sampled_in_bf16_and_the_state_stays_float32():
         assert seen == 3 * [(torch.float32, dtype)]
 
 
-def test_float32_means_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+def test_float32_means_float32():
+    libraries = torch.backends.cudnn, torch.backends.cuda.matmul
+    for library in libraries:
+        library.allow_tf32 = True
     build.choose_device(apply_overrides(full(), {"train.device": "cpu"}))
-    assert not torch.backends.cudnn.allow_tf32
+    assert not any(library.allow_tf32 for library in libraries)
 
 
 def test_settings_reach_the_samplers():

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from classifier import Classifier, augmented, look_at
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine, UNet
+from conditional_diffusion.processes import Processes
 from config import DataConfig
 from data import Split, TrainingBatches, to_x_start
 from evaluation import pixel_neighbours
@@ -56,6 +57,20 @@ def network() -> tuple[UNet, CosineNoiseScheduler]:
     with GPU:
         scheduler = CosineNoiseScheduler(50, image_size=64, reference_size=32)
         return UNet(scheduler.alphas_cumprod, **TINY), scheduler
+
+
+def test_what_several_processes_need_later_is_held_free_in_the_rehearsal(gpu):
+    model, scheduler = network()
+    engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3,
+                            processes=Processes(0, 2))  # fmt: skip
+    weights, empty = sum(parameter.nbytes for parameter in model.parameters()), torch.empty
+    with (
+        patch("torch.empty", side_effect=empty) as allocate,
+        patch.object(engine, "_compute_gradients_in_parts") as compute,
+    ):
+        engine.rehearse(None, None)
+    (held,) = allocate.call_args.args
+    assert held > weights and allocate.call_args.kwargs["device"] == GPU and compute.called
 
 
 def some_images(count: int, size: int = 8) -> torch.Tensor:

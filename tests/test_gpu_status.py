@@ -93,7 +93,7 @@ DIAGNOSES = {
     "CPU build": ({"torch_cuda": None}, False, "whl/cu130"),
     "CPU build, old driver": ({"torch_cuda": None, "driver_cuda": "12.7"}, False, "whl/cu126"),
     "old driver": ({"driver_cuda": "12.4"}, False, "upgrade the driver, or else replace torch:\n"),
-    "old driver, wheel": ({"driver_cuda": "9.2"}, False, "whl/cu126"),
+    "older driver": ({"driver_cuda": "11.8"}, False, "CUDA 13.0. Cure: upgrade the driver"),
     "minor versions need not agree": ({"torch_cuda": "13.2", "driver_cuda": "13.0"}, False, "fit"),
     "hidden": ({"visible": "", "problem": "No CUDA GPUs are available"}, False, "`unset CUDA_VIS"),
     "not hidden": ({"visible": "0"}, False, "error 999"),
@@ -110,6 +110,7 @@ def test_diagnosis(name):
     verdict, sentence = diagnose(Facts(**BROKEN | changes))
     assert verdict is works
     assert words in sentence
+    assert "11.8" not in sentence or "whl" not in sentence, "there is no torch for such a driver"
 
 
 FAKE_TORCH = """

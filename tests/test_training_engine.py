@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from conditional_diffusion import TrainingEngine, training_engine
-from conditional_diffusion.memory import OutOfMemory
+from conditional_diffusion.memory import OutOfMemory, is_out_of_memory
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.training_engine import (
     TrainingDiverged,
@@ -522,7 +522,8 @@ def out_of_memory_above(model, largest: int, error: Exception):
     "error",
     [torch.OutOfMemoryError("CUDA out of memory."),
      RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-     RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+     RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")],
 )  # fmt: skip
 def test_out_of_memory_splits_the_batch_with_the_same_gradients(
     schedule, awake_model, error, caplog
@@ -541,6 +542,13 @@ def test_out_of_memory_splits_the_batch_with_the_same_gradients(
         assert_close(a, b, rtol=0, atol=1e-4)
     assert split.take_metrics()["loss"] == pytest.approx(whole.take_metrics()["loss"], rel=1e-4)
     assert split.images_seen == 30
+
+
+@pytest.mark.parametrize("free, full", [(2**29, True), (2**31, False)])
+def test_no_kernel_of_cudnn_means_out_of_memory_on_a_full_gpu_only(monkeypatch, free, full):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 16 * 2**30))
+    error = "GET was unable to find an engine to execute this computation"  # torch's own words
+    assert is_out_of_memory(RuntimeError(error)) is full
 
 
 def test_micro_batches_add_up_to_the_gradient_of_the_batch(schedule, awake_model):

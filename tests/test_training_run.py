@@ -9,7 +9,8 @@ from torch.testing import assert_close
 import training_run
 from conditional_diffusion import DDPMSampler, DPMSolverSampler
 from conditional_diffusion.checkpoint import load_checkpoint
-from config import apply_overrides, full
+from conditional_diffusion.processes import Processes
+from config import ConfigError, apply_overrides, full
 from data import Split, to_x_start
 from training_run import Run
 
@@ -68,6 +69,24 @@ def test_every_setting_reaches_the_engine(make_run):
     for name, value in changes.items():
         assert getattr(engine, name.split("__")[1]) == value, name
     assert engine.total_steps == 12 and engine.autocast_dtype is torch.bfloat16
+
+
+def test_processes_whose_gpus_would_differ_in_precision_are_refused(make_run, monkeypatch):
+    monkeypatch.setattr(Processes, "from_leader", lambda self, work: torch.float16)
+    with pytest.raises(ConfigError, match="process 0 .* fp32, the first one in fp16.*precision"):
+        make_run()
+
+
+def test_the_largest_batch_leaves_room_for_what_comes_after_it(make_run, splits, monkeypatch):
+    held = []
+    monkeypatch.setattr(training_run, "live_on", lambda images, device: True)
+    monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: 8)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: held.append(
+        (size, options.get("dtype"))) or empty(*size, **options))  # fmt: skip
+    model = make_run(train__batch_size=0).model
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert ((3 * weights + splits["train"].images.nbytes,), torch.uint8) in held
 
 
 def test_validation_images_are_held_out_and_spread(make_run, splits):
