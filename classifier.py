@@ -5,6 +5,7 @@ Its accuracy on held-out pictures is measured and kept with it: a score it gives
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
 from config import CLASS_NAMES
-from data import Split
+from data import Split, enlarge
 from training_monitor import progress, replacing, say
 
 INPUT_SIZE = 32  # pixels a side of what the classifier sees
 CHUNK = 500  # pictures looked at together outside training
 LOGIT_SCALE = 1 / 9  # keeps the first steps small, at a learning rate that suits the convolutions
 FOLDER = Path("data/classifiers")
-VERSION = 1  # of this file's mathematics; a change makes every cached classifier stale
+VERSION = 2  # of this file's mathematics; a change makes every cached classifier stale
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Recipe:
 class Judge:
     """A trained classifier with what it makes of the data that it was trained for.
 
+    The data are looked at as samples are: enlarged as the model sees them, and reduced again.
     accuracy: share of the held-out images it gets right; train, held_out: features float32 (N, D)
     of the two splits.
     """
@@ -163,15 +165,21 @@ def train_classifier(train: Split, recipe: Recipe, device) -> Classifier:
 
 
 @torch.no_grad()
-def look_at(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+def look_at(
+    model: Classifier, images: Tensor, image_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(features (N, D), classes int64 (N,)) of images uint8 (N, 3, S, S), on the CPU.
 
-    Features and logits are those of a picture and its mirror image, averaged.
+    Features and logits are those of a picture and its mirror image, averaged. With an image_size
+    the pictures are first enlarged to it.
     """
     device = model.head.weight.device
 
     def look(part: slice) -> tuple[Tensor, Tensor]:
-        batch = to_input(images[part], device).contiguous(memory_format=torch.channels_last)
+        seen = images[part].to(device)
+        if image_size is not None:
+            seen = enlarge(seen, image_size)
+        batch = to_input(seen, device).contiguous(memory_format=torch.channels_last)
         both = (model.features(batch) + model.features(batch.flip(-1))) / 2
         return both.cpu(), model.head(both).argmax(1).cpu()
 
@@ -179,34 +187,47 @@ def look_at(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(features), torch.cat(classes)
 
 
-def cached_classifier(
-    splits: dict[str, Split], device, *, recipe: Recipe = Recipe(), folder: Path = FOLDER
-) -> Judge:
-    """The classifier for this data, trained unless it is in the folder already.
-
-    The file's name depends on the data's content and on the recipe.
-    """
-    data = [splits[name].fingerprint() for name in ("train", "test")]
-    wanted = json.dumps([VERSION, asdict(recipe), data])
-    path = folder / f"{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.pt"
+def cached(path: Path, make: Callable[[], dict]) -> dict:
+    """What make returns, of tensors and numbers: from the file at path, which is written first."""
     if path.exists():
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            with torch.device("meta"):  # its weights come from the file
-                model = Classifier(recipe.widths)
-            model.load_state_dict(saved.pop("model"), assign=True)
-            model.to(device, memory_format=torch.channels_last).eval()
-            return Judge(model, **saved)
-        except DAMAGED as error:  # training anew mends it
-            say(f"{path} cannot be read ({type(error).__name__}); training the classifier again")
-    say(f"classifier: training on {len(splits['train'])} pictures, once, into {path}")
-    model = train_classifier(splits["train"], recipe, device)
-    train, _ = look_at(model, splits["train"].images)
-    held_out, found = look_at(model, splits["test"].images)
-    accuracy = (found == splits["test"].labels).float().mean().item()
-    weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = {"accuracy": accuracy, "train": train, "held_out": held_out}
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except DAMAGED as error:  # making it anew mends it
+            say(f"{path} cannot be read ({type(error).__name__}); making it again")
+    content = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        torch.save({"model": weights, **saved}, unfinished)
-    return Judge(model, **saved)
+        torch.save(content, unfinished)
+    return content
+
+
+def cached_classifier(
+    splits: dict[str, Split], image_size: int, device, *, recipe: Recipe = Recipe(),
+    folder: Path = FOLDER,
+) -> Judge:  # fmt: skip
+    """The classifier for this data, trained unless it is in the folder already.
+
+    Its file's name depends on the data's content and on the recipe. What it makes of the data at
+    this image_size lies beside it.
+    """
+    train, test = splits["train"], splits["test"]
+    wanted = json.dumps([VERSION, asdict(recipe), train.fingerprint(), test.fingerprint()])
+    name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
+
+    def trained() -> dict:
+        say(f"classifier: training on {len(train)} pictures, once, into {folder}")
+        weights = train_classifier(train, recipe, device).state_dict()
+        return {key: value.cpu().contiguous() for key, value in weights.items()}
+
+    def looked_at() -> dict:
+        say(f"classifier: looking at the data at {image_size}x{image_size}, once")
+        held_out, found = look_at(model, test.images, image_size)
+        return {"accuracy": (found == test.labels).float().mean().item(), "held_out": held_out,
+                "train": look_at(model, train.images, image_size)[0]}  # fmt: skip
+
+    weights = cached(folder / f"{name}.pt", trained)
+    with torch.device("meta"):  # its weights come from the file
+        model = Classifier(recipe.widths)
+    model.load_state_dict(weights, assign=True)
+    model.to(device, memory_format=torch.channels_last).eval()
+    return Judge(model, **cached(folder / f"{name}_{image_size}.pt", looked_at))

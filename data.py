@@ -89,9 +89,10 @@ def load_prepared(folder: Path) -> dict[str, Split]:
     return {split: Split(load(f"{split}_images"), load(f"{split}_labels")) for split in SPLITS}
 
 
-def spread(count: int, total: int) -> Tensor:
-    """count indices spread evenly over 0..total-1, which is often sorted by class."""
-    return torch.arange(count) * total // max(1, count)
+def spread(count: int, labels: Tensor) -> Tensor:
+    """Indices of count pictures, evenly over the classes and, within each, over its pictures."""
+    by_class = labels.argsort(stable=True)
+    return by_class[torch.arange(count) * len(labels) // max(1, count)]
 
 
 @lru_cache
@@ -125,6 +126,13 @@ def to_images(x: Tensor) -> Tensor:
 def to_arrays(x: Tensor) -> np.ndarray:
     """x (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), as pictures are drawn and written."""
     return to_images(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def enlarge(images: Tensor, image_size: int) -> Tensor:
+    """uint8 (B, 3, S, S) -> uint8 (B, 3, image_size, image_size), as the model sees them."""
+    if images.shape[-1] == image_size:
+        return images
+    return to_images(to_x_start(images, image_size))
 
 
 def sent(index: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from classifier import INPUT_SIZE, cached_classifier, look_at, to_input
 from config import CLASS_NAMES
-from data import Split, spread, to_arrays, to_images, to_x_start
+from data import Split, enlarge, spread, to_arrays, to_x_start
 from scores import (
     NEIGHBOURS,
     Neighbours,
@@ -72,22 +72,24 @@ class Evaluator:
     def __init__(self, splits: dict[str, Split], image_size: int, device):
         self.train, self.held_out = splits["train"], splits["test"]
         self.image_size, self.device = image_size, device
-        self.judge = cached_classifier(splits, device)
+        self.judge = cached_classifier(splits, image_size, device)
 
     def facts(self) -> dict:
         return {
             "data": self.train.fingerprint(), "train": len(self.train),
             "held_out": len(self.held_out), "image_size": self.image_size,
             "classifier_accuracy": self.judge.accuracy,
-            "classifier_input": f"{INPUT_SIZE}x{INPUT_SIZE}, bicubic, antialiased",
+            "classifier_input": f"{INPUT_SIZE}x{INPUT_SIZE}, bicubic, antialiased, from "
+            f"{self.image_size}x{self.image_size}",
         }  # fmt: skip
 
     def scores(self, pictures: Pictures) -> Scores:
         """Class agreement, Frechet distance, near copies and colours of N pictures."""
         images, labels = pictures.images, pictures.labels
         n = min(len(images), len(self.held_out))
-        index = spread(n, len(self.held_out))
-        real_images, real_features = self.held_out.images[index], self.judge.held_out[index]
+        index = spread(n, self.held_out.labels)
+        real_images = enlarge(self.held_out.images[index], self.image_size)
+        real_features = self.judge.held_out[index]
         features, found = look_at(self.judge.model, images)
         report: dict = {"n": len(images), "n_floor": n}
         confusion = None
@@ -100,7 +102,8 @@ class Evaluator:
                 name: share[i].item() for i, name in enumerate(CLASS_NAMES) if drawn[i]
             }
         if n > 1:
-            as_many = features[spread(n, len(features))]  # distances fall with their number
+            # Distances fall with their number.
+            as_many = features[spread(n, torch.zeros(len(images)) if labels is None else labels)]
             for name, seen in (("", features), ("_at_n_floor", as_many), ("_floor", real_features)):
                 distance = frechet_distance(seen, self.judge.train)
                 report[f"frechet_distance{name}"] = distance
@@ -113,8 +116,8 @@ class Evaluator:
             report[f"near_copies_{name}"] = near_copies(ours).float().mean().item()
             report[f"near_copies_{name}_floor"] = near_copies(real).float().mean().item()
         report["colour"] = colour_statistics(images)
-        some = spread(min(COLOUR_IMAGES, len(self.train)), len(self.train))
-        seen = to_images(to_x_start(self.train.images[some], self.image_size))
+        some = spread(min(COLOUR_IMAGES, len(self.train)), self.train.labels)
+        seen = enlarge(self.train.images[some], self.image_size)
         report["colour_data"] = colour_statistics(seen)
         return Scores(report, confusion, by_features, by_pixels)
 

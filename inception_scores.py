@@ -20,7 +20,7 @@ from torch import Tensor
 from cifar10 import noticing_silence
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
-from data import Split, to_images, to_x_start
+from data import Split, enlarge
 from training_monitor import progress, replacing, write_json
 
 EXTRACTOR = "inception-v3-compat"  # torch-fidelity's port of the network that defines FID
@@ -160,11 +160,6 @@ def extract_features(
             layers += in_parts(look, len(batch), len(batch), "pictures for Inception")
     features, logits = (torch.cat(batches) for batches in zip(*layers))
     return features, logits
-
-
-def enlarge(images: Tensor, image_size: int) -> Tensor:
-    """uint8 (B, 3, S, S) -> uint8 (B, 3, image_size, image_size), as the model sees them."""
-    return to_images(to_x_start(images, image_size))
 
 
 def digest(*parts) -> str:

@@ -178,8 +178,8 @@ class Run:
         return replace(config, train=replace(config.train, batch_size=batch_size))
 
     def spread_images(self, split: Split, most: int) -> tuple[Tensor, Tensor]:
-        """(x_start, labels) of at most so many images, evenly over a split sorted by class."""
-        index = spread(min(most, len(split)), len(split))
+        """(x_start, labels) of at most so many images, spread over a split."""
+        index = spread(min(most, len(split)), split.labels)
         x_start = to_x_start(split.images[index].to(self.device), self.config.data.image_size)
         return x_start, split.labels[index].to(self.device)
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 import classifier
 from classifier import Classifier, Recipe, augmented, cached_classifier, look_at, to_input
 from config import DataConfig
-from data import draw_pictograms
+from data import draw_pictograms, enlarge
 
 SMALL = Recipe(widths=(8, 16, 16), epochs=8, batch_size=50)
 
@@ -19,10 +19,10 @@ def splits():
     )
 
 
-def make(splits, folder, said, recipe=SMALL):
+def make(splits, folder, said, recipe=SMALL, size=32):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "say", said.append)
-        return cached_classifier(splits, torch.device("cpu"), recipe=recipe, folder=folder)
+        return cached_classifier(splits, size, torch.device("cpu"), recipe=recipe, folder=folder)
 
 
 def test_it_learns_is_cached_and_says_how_good_it_is(splits, tmp_path, monkeypatch):
@@ -43,8 +43,15 @@ def test_it_learns_is_cached_and_says_how_good_it_is(splits, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(classifier, "train_classifier", fail)
         again = make(splits, tmp_path, said)
-    assert again.accuracy == judge.accuracy and len(said) == 1
+    assert again.accuracy == judge.accuracy and len(said) == 2
     assert_close(look_at(again.model, splits["test"].images)[0], features)
+    # At another size it looks at the data anew, but need not learn again.
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, "train_classifier", fail)
+        larger = make(splits, tmp_path, said, size=64)
+    seen = enlarge(splits["test"].images, 64)
+    assert_close(larger.held_out, look_at(again.model, seen)[0])
+    assert (larger.held_out - judge.held_out).abs().max() > 0.01 and len(said) == 3
 
 
 def test_other_data_another_recipe_and_a_damaged_file_train_it_anew(splits, tmp_path):
@@ -54,13 +61,13 @@ def test_other_data_another_recipe_and_a_damaged_file_train_it_anew(splits, tmp_
     make(other, tmp_path, said, short)
     make(splits, tmp_path, said, Recipe(widths=(8, 8, 8), epochs=1, batch_size=200))
     files = sorted(tmp_path.iterdir())
-    assert len(files) == len(said) == 3
+    assert len(files) == len(said) == 6
     for file in files:
         file.write_bytes(file.read_bytes()[:1000])
     make(splits, tmp_path, said, short)
-    assert len(said) == 5 and "cannot be read" in said[3]
+    assert len(said) == 10 and "cannot be read" in said[6] and "training" in said[7]
     make(splits, tmp_path, said, short)
-    assert len(said) == 5
+    assert len(said) == 10
 
 
 def test_first_layer_whitens_patches(splits):

@@ -491,6 +491,18 @@ def test_a_server_that_says_nothing_counts_as_no_network(monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
+@pytest.mark.parametrize("labels", [torch.arange(500) % 10, torch.arange(500) // 50])
+def test_some_pictures_are_of_all_classes_however_they_lie(labels):
+    some = data.spread(100, labels)
+    assert len(some.unique()) == 100
+    assert labels[some].bincount().tolist() == [10] * 10
+    for label in range(10):  # every fifth of a class
+        of_class = (labels == label).nonzero()[:, 0]
+        assert torch.equal(some[labels[some] == label], of_class[::5])
+    assert torch.equal(data.spread(500, labels).sort().values, torch.arange(500))
+    assert data.spread(0, labels[:0]).tolist() == []
+
+
 def test_levels_round_to_the_nearest():
     x = torch.tensor([-1.0, -0.999, 0.0, 1.0, 1.7]).view(5, 1, 1, 1).expand(5, 3, 2, 2)
     levels = data.to_arrays(x)

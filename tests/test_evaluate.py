@@ -16,6 +16,7 @@ import train_model
 from cifar10 import DataError
 from classifier import Recipe, cached_classifier
 from config import CLASS_NAMES, DataConfig
+from data import enlarge
 from evaluate_samples import at_n_floor, parse_scales, read_folder
 from evaluation import Evaluator, Pictures
 from inception_scores import InceptionUnavailable
@@ -63,6 +64,20 @@ def test_training_pictures_score_as_copies_of_themselves(evaluator, splits):
     by_class = report["agreement_by_class"]
     assert list(by_class) == list(CLASS_NAMES)
     assert report["agreement"] == pytest.approx(sum(by_class.values()) / 10)
+
+
+def test_pictures_larger_than_the_data_are_compared_with_enlarged_data(splits):
+    """A model that drew the data as it sees them would score as the data do."""
+    evaluator = Evaluator(splits, 64, torch.device("cpu"))
+    for split in splits.values():
+        report = evaluator.scores(Pictures(enlarge(split.images, 64), split.labels)).report
+        if split is splits["test"]:
+            for name in ("frechet_distance", "near_copies_features", "near_copies_pixels"):
+                assert report[name] == pytest.approx(report[f"{name}_floor"])
+            assert report["agreement"] == pytest.approx(evaluator.judge.accuracy)
+        else:
+            assert report["frechet_distance"] == pytest.approx(0, abs=1e-4)
+            assert report["near_copies_features"] == report["near_copies_pixels"] == 1
 
 
 def test_noise_scores_badly(evaluator, splits):
@@ -198,10 +213,11 @@ def test_scores_need_held_out_pictures(call):
 
 def test_distances_stand_beside_those_of_as_many_held_out_pictures(evaluator, splits):
     """Where fewer are held out than drawn, a score of as many drawn ones is shown as well."""
-    train = splits["train"]
-    report = evaluator.scores(Pictures(train.images[::2], None)).report
+    images, labels = splits["train"].images[:300], splits["train"].labels[:300]
+    report = evaluator.scores(Pictures(images, labels)).report
     assert report["n"] == 300 and report["n_floor"] == 60
-    fewer = evaluator.scores(Pictures(train.images[::10], None)).report
+    some = torch.cat([(labels == label).nonzero()[::5, 0] for label in range(10)])
+    fewer = evaluator.scores(Pictures(images[some], labels[some])).report
     assert report["frechet_distance_at_n_floor"] == pytest.approx(fewer["frechet_distance"])
     assert at_n_floor(report, "frechet_distance").startswith("of 60 pictures ")
     assert at_n_floor(report, "agreement") == ""

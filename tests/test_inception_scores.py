@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import inception_scores as module
-from data import Split, to_x_start
+from data import Split, enlarge, to_x_start
 from inception_scores import InceptionUnavailable, TooFewPictures
 
 SIZE = 16
@@ -225,8 +225,8 @@ def test_what_cannot_be_scored_is_refused(score, tmp_path):
 
 def test_small_images_are_enlarged_as_the_model_sees_them():
     every = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 3, 2, 2)
-    assert torch.equal(module.enlarge(every, 2), every)
-    enlarged = module.enlarge(images(4, 0, size=8), SIZE)
+    assert torch.equal(enlarge(every, 2), every)
+    enlarged = enlarge(images(4, 0, size=8), SIZE)
     assert enlarged.dtype == torch.uint8
     x_start = enlarged.float() / 127.5 - 1
     assert (x_start - to_x_start(images(4, 0, size=8), SIZE)).abs().max() < 0.51 / 127.5
@@ -234,7 +234,7 @@ def test_small_images_are_enlarged_as_the_model_sees_them():
 
 def test_reference_and_held_out_images_are_enlarged_to_the_pictures(score):
     small = split(images(12, 7, size=8))
-    result = score(module.enlarge(small.images, SIZE), reference=small, held_out=small)
+    result = score(enlarge(small.images, SIZE), reference=small, held_out=small)
     assert result["image_size"] == SIZE
     assert result["precision"] == result["recall"] == result["floor"]["recall"] == 1
     assert abs(result["fid"]) < 1e-3 * score(images(12, 0), reference=small)["fid"]
@@ -263,7 +263,7 @@ def test_nothing_cached_is_used_for_other_data_or_weights(score, weights, tmp_pa
     assert score.extracted == ["held-out images", "pictures"]
     score(pictures, reference=split(REFERENCE.images[:11]))
     assert score.extracted == ["reference", "held-out images", "pictures"]
-    score(module.enlarge(pictures, 20))
+    score(enlarge(pictures, 20))
     assert score.extracted == ["reference", "held-out images", "pictures"]
 
     state = torch.load(weights)
