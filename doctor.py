@@ -55,10 +55,16 @@ def check_packages() -> Finding:
     return Finding(True, found)
 
 
-def check_gpu() -> Finding:
-    well, sentence = diagnose(gather_facts())
+def check_gpu(config: Config) -> Finding:
+    """A GPU that does not work is no obstacle where training then goes on without."""
+    facts = gather_facts()
+    well, sentence = diagnose(facts)
     text, _, cure = sentence.partition("Cure: ")
-    return Finding(well, text.strip(), cure)
+    if facts.torch_version and config.train.device in ("auto", "cpu"):
+        import torch
+
+        well |= config.train.device == "cpu" or not torch.cuda.is_available()
+    return Finding(well, text.strip().removesuffix("."), cure)
 
 
 def check_disk(needed: int) -> Finding:
@@ -193,7 +199,7 @@ def main() -> int:
     config = settings.apply_overrides(settings.full(), config_overrides(parser.parse_args()))
     checks: dict[str, Callable[[], Finding]] = {
         "packages": check_packages,
-        "GPU": check_gpu,
+        "GPU": lambda: check_gpu(config),
         "writing": check_writing,
         "disk": lambda: check_disk(space_needed(config)),
         "memory": check_memory,

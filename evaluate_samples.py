@@ -23,7 +23,7 @@ from conditional_diffusion.checkpoint import CheckpointError, require_classes
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, Config, ConfigError
-from data import load_splits, to_images
+from data import PICTOGRAMS_PER_CLASS, load_splits, to_images
 from drawing import Drawing, usable_folder
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
@@ -175,7 +175,10 @@ class Report:
 
     def __init__(self, args, config: Config, image_size: int, output: Path):
         self.args, self.output, self.device = args, output, choose_device(config)
-        reference = replace(config.data, image_size=image_size, samples_per_class=0, repeats=1)
+        every = 0  # picture there is; of pictograms as many as the run learned, or the usual number
+        if config.data.dataset == "pictograms":
+            every = max(config.data.samples_per_class, PICTOGRAMS_PER_CLASS)
+        reference = replace(config.data, image_size=image_size, samples_per_class=every, repeats=1)
         self.splits = load_splits(reference, seed=config.train.seed, progress=progress, say=say)
         if not len(self.splits["test"]):
             raise DataError("scores need held-out pictures, of which this data has none; use more "

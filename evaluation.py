@@ -155,7 +155,10 @@ def draw_confusion(confusion: Tensor, path: Path) -> None:
 
 
 def draw_sweep(records: Sequence[dict], path: Path) -> None:
-    """Agreement and distances against the guidance scale, with what real pictures score."""
+    """Agreement and distances against the guidance scale, with what real pictures score.
+
+    Distances are those of as many samples as there are held-out pictures.
+    """
     from matplotlib.figure import Figure
 
     panels = {
@@ -169,7 +172,8 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scales = [record["guidance_scale"] for record in records]
     for axes, (key, (title, floor)) in zip(all_axes, panels.items()):
-        values = [{**record["inception"], **record}[key] for record in records]
+        scores = [{**record["inception"], **record} for record in records]
+        values = [score.get(f"{key}_at_n_floor", score[key]) for score in scores]
         axes.plot(scales, values, marker=".", label="samples")
         axes.axhline(floor(records[0]), color="gray", linestyle="--", label="held-out pictures")
         axes.set(title=title, xlabel="guidance scale")

@@ -55,10 +55,10 @@ def parse_arguments():
 def parse_seeds(first: str, samples: str) -> list[int]:
     """The seeds first, first + 1, ... of each class's pictures."""
     rows = cli.parse_count("--samples", samples)
+    seed = cli.parse_seed(first, rows)
     if rows > MOST_SAMPLES:
         raise ConfigError(f"--samples must be at most {MOST_SAMPLES}, not {rows}; draw the next "
-                          f"ones in another call, with --seed {MOST_SAMPLES}")  # fmt: skip
-    seed = cli.parse_seed(first, rows)
+                          f"ones in another call, with --seed {seed + MOST_SAMPLES}")  # fmt: skip
     return list(range(seed, seed + rows))
 
 

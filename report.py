@@ -165,12 +165,20 @@ def scores_section(folder: Path) -> str:
     rows = [("step", "sampler", "guidance", "n", "agreement", "Frechet distance", "FID")]
     for record in records:
         agreement, fid = record.get("agreement"), record.get("inception", {}).get("fid")
-        distance, floor = (record.get(f"frechet_distance{end}") for end in ("", "_floor"))
+        distance, as_many, floor = (
+            record.get(f"frechet_distance{end}") for end in ("", "_at_n_floor", "_floor")
+        )
+        n, n_floor = record.get("n", ""), record.get("n_floor")
+        fewer = "" if as_many is None or n == n_floor else f"of {n_floor} {as_many:.4g}, "
+        sampler = [record.get("sampler", ""), f"{record.get('num_inference_steps', '')} steps"]
+        sampler += ["raw weights"] * (record.get("weights") == "raw")
+        guidance = f"{record.get('guidance_scale', '')}"
+        if (interval := record.get("guidance_interval", [0, 1])) != [0, 1]:
+            guidance += f" in {interval[0]:g} to {interval[1]:g}"
         rows.append((
-            record.get("step", ""), f"{record.get('sampler', '')}, "
-            f"{record.get('num_inference_steps', '')} steps", record.get("guidance_scale", ""),
-            record.get("n", ""), "" if agreement is None else f"{agreement:.1%}",
-            "" if distance is None else f"{distance:.4g} (held-out {floor:.4g})",
+            record.get("step", ""), ", ".join(sampler), guidance, n,
+            "" if agreement is None else f"{agreement:.1%}",
+            "" if distance is None else f"{distance:.4g} ({fewer}held-out {floor:.4g})",
             "" if fid is None else f"{fid:.4g}",
         ))  # fmt: skip
     return table(rows)

@@ -12,6 +12,7 @@ from conftest import TINY_FLAGS
 import doctor
 from conditional_diffusion import UNet, memory
 from config import CLASS_NAMES
+from gpu_status import Facts
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 # The data section asks for real pictures, of which there are none here.
@@ -74,6 +75,16 @@ def test_a_missing_package_ends_the_examination(lines, monkeypatch, missing):
 def test_an_old_torch_is_named(lines, monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "2.10.1")
     assert "torch 2.11 or later" in failing(lines(), "packages")
+
+
+def test_a_gpu_that_does_not_work_stops_only_what_needs_it(lines, monkeypatch):
+    monkeypatch.setattr(doctor, "gather_facts", lambda: Facts([["0"]], torch_version="2.14.1"))
+    monkeypatch.setattr(doctor, "diagnose", lambda facts: (False, "It is broken. Cure: mend it."))
+    for device, words in (("auto", "note  GPU"), ("cpu", "note  GPU")):
+        status, found = lines("--device", device)
+        assert status == 0 and found["GPU"].startswith(words)
+        assert found["GPU"].endswith("It is broken. Cure: mend it.")
+    assert lines("--device", "cuda")[1]["GPU"].startswith("FAIL")
 
 
 def test_a_folder_that_cannot_be_written_to(lines, monkeypatch):

@@ -37,7 +37,8 @@ def quick_classifier(monkeypatch, classifiers):
     recipe = Recipe(widths=(8, 16, 16), epochs=6, batch_size=50)
     quick = functools.partial(cached_classifier, recipe=recipe, folder=classifiers)
     monkeypatch.setattr(evaluation, "cached_classifier", quick)
-    monkeypatch.setattr(data, "PICTOGRAMS_PER_CLASS", 30)
+    for module in (data, evaluate_samples):
+        monkeypatch.setattr(module, "PICTOGRAMS_PER_CLASS", 30)
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,11 @@ def test_scores_warnings_and_a_death_are_told(run):
     (run / "run.json").write_text(json.dumps(facts | {"state": "running"}))
     page = page_of(run)
     assert "8 ddim, 9 steps 2.0 7 25.0% 12.5 (held-out 0.5) 33.25" in page.sections["Scores"]
+    score |= {"weights": "raw", "guidance_interval": [0.2, 0.8], "n_floor": 4,
+              "frechet_distance_at_n_floor": 13.5}  # fmt: skip
+    (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score))
+    assert ("8 ddim, 9 steps, raw weights 2.0 in 0.2 to 0.8 7 25.0% 12.5 (of 4 13.5, held-out 0.5)"
+            in page_of(run).sections["Scores"])  # fmt: skip
     assert "step 3 loss <b>jumps</b>" in page.sections["Warnings"]  # as text, not as an element
     assert "state died" in page.sections["Facts"]
 
