@@ -30,12 +30,17 @@ else
   TEST_FLAGS := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 endif
 # The interpreter that creates .venv and runs what needs no packages.
-BASE_PYTHON ?= python3
+BASE_PYTHON ?= $(if $(and $(wildcard .venv/.installed),$(wildcard .venv/bin/python)),.venv/bin/python,python3)
+
+# Some clusters set it for purposes of their own.
+ifneq ($(origin NODE_RANK),command line)
+  NODE_RANK :=
+endif
 
 # Variables become flags; a value may hold spaces. ARGS= hands on anything else.
 flag = $(if $(value $(1)),$(2) '$(subst ','\'',$(value $(1)))')
 switch = $(if $(filter 1 yes true,$($(1))),$(2))
-LAUNCH = $(PYTHON) $(if $(GPUS)$(NODES)$(NODE_RANK)$(RENDEZVOUS)$(RESTARTS),launch.py \
+LAUNCH = '$(PYTHON)' $(if $(GPUS)$(NODES)$(NODE_RANK)$(RENDEZVOUS)$(RESTARTS),launch.py \
   $(call flag,GPUS,--gpus) $(if $(GPUS)$(NODES),,--gpus 1) \
   $(call flag,NODES,--nodes) $(call flag,NODE_RANK,--node-rank) \
   $(call flag,RENDEZVOUS,--rendezvous) $(call flag,RESTARTS,--restarts))
@@ -73,12 +78,12 @@ install: $(ENVIRONMENT)  ## Create .venv and install requirements.txt; repeated:
 
 demo: $(ENVIRONMENT)  ## The whole product on a laptop CPU, offline: train small, draw a grid
 	@$(LAUNCH) train_model.py --demo $(TRAIN_FLAGS)
-	@$(PYTHON) generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo \
+	@'$(PYTHON)' generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo \
 	  $(call flag,DEVICE,--device)
 	@echo "next: 'make overfit' checks the full model, 'make train' trains it, 'make help' lists more"
 
 data: $(ENVIRONMENT)  ## Find or download CIFAR-10 and prepare it
-	@$(PYTHON) prepare_data.py $(call flag,DATA_DIR,--data-dir) $(ARGS)
+	@'$(PYTHON)' prepare_data.py $(call flag,DATA_DIR,--data-dir) $(ARGS)
 
 train: $(ENVIRONMENT)  ## Full training; continues the run that is there
 	@$(LAUNCH) train_model.py --full $(TRAIN_FLAGS)
@@ -92,7 +97,7 @@ quick-test: $(ENVIRONMENT)  ## Two epochs of overfit: a smoke run of everything
 	@$(LAUNCH) train_model.py --quick-test $(TRAIN_FLAGS)
 
 report: $(ENVIRONMENT)  ## One page with everything about the newest run, or the run in RUN=folder
-	@$(PYTHON) report.py $(call flag,RUN,) $(ARGS)
+	@'$(PYTHON)' report.py $(call flag,RUN,) $(ARGS)
 
 generate: $(ENVIRONMENT)  ## Pictures and a labelled grid from the newest usable checkpoint
 	@$(LAUNCH) generate_samples.py $(GENERATE_FLAGS)
@@ -107,16 +112,16 @@ monitor:  ## Live view of the run and the GPU
 	@$(BASE_PYTHON) run_status.py monitor $(ARGS)
 
 doctor: $(ENVIRONMENT)  ## Whether training will work here: everything it needs, tried in small
-	@$(PYTHON) doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) $(call flag,DEVICE,--device) $(ARGS)
+	@'$(PYTHON)' doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) $(call flag,DEVICE,--device) $(ARGS)
 
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
-	@$(PYTHON) gpu_status.py $(ARGS)
+	@'$(PYTHON)' gpu_status.py $(ARGS)
 
 bench: $(ENVIRONMENT)  ## Speed and memory of training and sampling on this machine
-	@$(PYTHON) benchmark.py $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
+	@'$(PYTHON)' benchmark.py $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
 
 check: $(TEST_ENVIRONMENT)  ## The test suite
-	@$(PYTHON) -m pytest -q tests $(TEST_FLAGS) $(ARGS)
+	@'$(PYTHON)' -m pytest -q tests $(TEST_FLAGS) $(ARGS)
 
 clean:  ## Remove runs and generated pictures, listing them first (CONFIRM=yes: without asking)
 	@$(BASE_PYTHON) clean.py runs $(CLEAN_FLAGS)
@@ -137,7 +142,7 @@ clean-cuda:  ## Show who holds GPU memory, end our own leftovers after asking, c
 .venv/.installed: requirements.txt | .venv/bin/python
 	@echo "installing requirements.txt into .venv (PyTorch is large: minutes)"
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt || { \
-	  echo "error: the installation failed; with packages of your own use PYTHON=python3" >&2; exit 1; }
+	  echo "error: the installation failed; try again after rm -rf .venv, or use packages of your own: PYTHON=python3" >&2; exit 1; }
 	@touch $@
 
 # Without the network the scores that need no more than the run-time packages remain.
@@ -152,6 +157,6 @@ clean-cuda:  ## Show who holds GPU memory, end our own leftovers after asking, c
 check-python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "error: PYTHON=$(PYTHON) is no program here; name \
 	an interpreter, or leave PYTHON= out" >&2; exit 1; }
-	@$(PYTHON) -c 'import importlib.util as u, sys; m = [p for p in \
+	@'$(PYTHON)' -c 'import importlib.util as u, sys; m = [p for p in \
 	  ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL") if not u.find_spec(p)]; \
 	  sys.exit("error: $(PYTHON) lacks " + ", ".join(m) + "; install requirements.txt there or leave PYTHON= out" if m else 0)'

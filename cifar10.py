@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from config import CLASS_NAMES, DataConfig
 
@@ -33,6 +33,12 @@ SPLITS = ("train", "test")
 # zipfile RuntimeError for what is encrypted or compressed in an unknown way.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
               zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
+# What undoes each orientation of EXIF 2.3, sec. 4.6.4.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 CIFAR_CLASSES = 10
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -77,6 +83,7 @@ class Picture:
     size: int  # bytes
     changed: float  # modification time, to notice that a source has changed
     read: Callable[[], bytes]
+    member: str = ""  # its name inside a zip
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -162,10 +169,10 @@ def list_pictures(source: Path) -> list[Picture]:
     """Every picture under a folder or zip whose folder is named after a class, sorted by name."""
     pictures: list[Picture] = []
     if source.is_file():
-        containers = [source]
+        pictures.extend(list_zip(source))
     else:
         visited = set()  # real folders: links are followed, but never in a circle
-        for folder, subfolders, names in os.walk(source, followlinks=True):
+        for folder, subfolders, names in os.walk(source, followlinks=True, onerror=refuse_folder):
             visited.add(os.path.realpath(folder))
             subfolders[:] = [
                 name for name in sorted(subfolders)
@@ -176,10 +183,19 @@ def list_pictures(source: Path) -> list[Picture]:
                 place = locate(path.relative_to(source))
                 if place is not None:
                     pictures.append(picture_file(path, place))
-        containers = sorted(source.glob("*.zip"))
-    for container in containers:
-        pictures.extend(list_zip(container))
+        for container in source.glob("*.zip"):
+            # Of a zip that was unpacked beside itself the files count.
+            places = source, container.with_suffix("")
+            pictures.extend(
+                picture for picture in list_zip(container)
+                if not any((place / picture.member).is_file() for place in places)
+            )  # fmt: skip
     return sorted(pictures, key=lambda picture: (picture.split, picture.label, picture.name))
+
+
+def refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror}); change its permissions, "
+                    "or move it away")  # fmt: skip
 
 
 def picture_file(path: Path, place: tuple[str, int]) -> Picture:
@@ -196,15 +212,16 @@ def picture_file(path: Path, place: tuple[str, int]) -> Picture:
 def list_zip(container: Path) -> Iterator[Picture]:
     try:
         archive = zipfile.ZipFile(container)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise DataError(f"{container} is not a readable zip file ({error})") from error
     for info in archive.infolist():
-        place = locate(Path(container.stem, info.filename))  # train.zip may hold a training set
+        member = info.filename.replace("\\", "/")  # as Windows may have written it
+        place = locate(Path(container.stem, member))  # train.zip may hold a training set
         if place is not None:
             name = f"{container}:{info.filename}"
             changed = container.stat().st_mtime
             read = lambda info=info: archive.read(info)  # noqa: E731
-            yield Picture(*place, name, info.file_size, changed, read)
+            yield Picture(*place, name, info.file_size, changed, read, member)
 
 
 def locate(path: Path) -> tuple[str, int] | None:
@@ -282,6 +299,7 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
                 splits = assign_splits(pictures, source)
                 skipped = write_pictures(splits, data, unfinished, progress)
             write_info(unfinished, source, skipped, say)
+            shutil.rmtree(folder, ignore_errors=True)  # without info.json it is no complete one
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -352,7 +370,7 @@ def read_member(archive: Path, name: str) -> bytes:
             return (archive / name).read_bytes()
         with tarfile.open(archive) as tar:
             return tar.extractfile(f"cifar-10-batches-py/{name}").read(LARGEST_FILE)
-    except (OSError, KeyError, EOFError, tarfile.TarError) as error:
+    except (OSError, KeyError, EOFError, tarfile.TarError, zlib.error) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{archive}: cannot read {name} ({reason}); fetch it again, or if it is "
                         "another archive, unpack it and point DATA_DIR to the folder") from error
@@ -422,12 +440,22 @@ def decode(picture: Picture, side: int) -> np.ndarray | str:
     """Pixels uint8 (3, side, side), or a sentence saying why the picture cannot be read."""
     try:
         with Image.open(content(picture)) as image:
-            rgb = to_rgb(ImageOps.exif_transpose(image))
+            rgb = to_rgb(turned(image))
     except UnidentifiedImageError:
         return f"{picture.name} (not a picture)"
     except UNREADABLE as error:
         return f"{picture.name} ({error})"
     return fitted(rgb, side)
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF says that it is to be held.
+
+    ImageOps.exif_transpose would also write EXIF anew, which fails where cameras got it wrong.
+    """
+    image.load()  # a PNG's EXIF may follow its pixels
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def fitted(rgb: Image.Image, side: int) -> np.ndarray:

@@ -48,10 +48,10 @@ def check_packages() -> Finding:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            return Finding(False, f"{name} is not installed", "run `make install`")
+            return Finding(False, f"{name} is not installed", "`rm -rf .venv; make install`")
     found = f"Python {python}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
     if tuple(map(int, versions["torch"].split(".")[:2])) < OLDEST_TORCH:
-        return Finding(False, found, "torch 2.11 or later is needed: `make install`")
+        return Finding(False, found, "torch 2.11 or later is needed: `rm -rf .venv; make install`")
     return Finding(True, found)
 
 

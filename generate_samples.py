@@ -69,7 +69,7 @@ def set_aside(output: Path, class_names: tuple[str, ...]) -> None:
     """
     ours = ["samples.json", "grid.png", "trajectory.png", "trajectory.gif",
             *(f"{name}_[0-9]*.png" for name in class_names)]  # fmt: skip
-    if earlier := [path for pattern in ours for path in output.glob(pattern)]:
+    if earlier := {path for pattern in ours for path in output.glob(pattern)}:
         folder = next(f for n in count(1) if not (f := output / f"earlier_{n}").exists())
         folder.mkdir()
         for path in earlier:

@@ -172,7 +172,8 @@ def replace_torch(cuda: str) -> str:
 def diagnose(facts: Facts) -> tuple[bool, str]:
     """Whether all is well, and a sentence with the cure where it is not."""
     if not facts.torch_version:
-        return False, f"torch cannot be loaded ({facts.problem}). Cure: `make install`."
+        return False, (f"torch cannot be loaded ({facts.problem}). Cure: `rm -rf .venv; make "
+                       "install`.")  # fmt: skip
     if not facts.problem:
         return True, "Training will use the GPU, cuda:0."
     if "no kernel image" in facts.problem:

@@ -37,7 +37,7 @@ def parse_arguments():
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gpus", metavar="N", default="all",
                         help="processes on this machine, one per GPU: a number, or all (all)")
-    parser.add_argument("--nodes", metavar="N", default="1", help="machines (1)")
+    parser.add_argument("--nodes", metavar="N", help="machines (1)")
     parser.add_argument("--node-rank", metavar="N", default="0",
                         help="which of the machines this is; 0 writes the results (0)")
     parser.add_argument("--rendezvous", metavar="HOST:PORT",
@@ -70,7 +70,7 @@ def count_gpus(text: str) -> int:
 def rendezvous_of(args, nodes: int) -> dict:
     """What tells the launchers of several machines, or of this one alone, where to meet."""
     if nodes == 1:
-        if args.rendezvous or args.node_rank != "0":
+        if args.nodes is None and (args.rendezvous or args.node_rank != "0"):
             raise ConfigError("--rendezvous and --node-rank are for several machines; say how many "
                               "with --nodes (make: NODES=)")  # fmt: skip
         # Heartbeats are for other machines, and one that is under way when the launcher ends is
@@ -175,7 +175,7 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
 def main() -> int:
     args = parse_arguments()
     with loading_quietly():
-        gpus, nodes = count_gpus(args.gpus), cli.parse_count("--nodes", args.nodes)
+        gpus, nodes = count_gpus(args.gpus), cli.parse_count("--nodes", args.nodes or "1")
     restarts = parse_index("--restarts", args.restarts, 1000)
     if not Path(args.script).is_file():
         raise ConfigError(f"{args.script} is no script here")

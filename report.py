@@ -50,7 +50,17 @@ slider.addEventListener('input', show); show();
 def grid_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the EMA's grids, at most MOST_GRIDS, first and last among them."""
     paths = sorted((folder / "samples").glob("step_*_ema.png"))
-    return [(int(path.name.split("_")[1]), path) for path in evenly(paths, MOST_GRIDS)]
+    return [(int(path.name.split("_")[1]), path)
+            for path in evenly(paths, MOST_GRIDS) if is_picture(path)]  # fmt: skip
+
+
+def is_picture(path: Path) -> bool:
+    """Whether there is a picture, and not what a power failure has left of one."""
+    try:
+        reduced(path)
+    except (OSError, SyntaxError, ValueError):  # what PIL raises
+        return False
+    return True
 
 
 def reduced(path: Path):
@@ -74,7 +84,7 @@ def embedded(path: Path, kind: str) -> str:
 
 
 def picture(path: Path, kind: str) -> str:
-    if not path.exists():
+    if not is_picture(path):
         return ""
     return f'<img src="{embedded(path, kind)}" alt="{escape(path.stem)}">'
 

@@ -175,7 +175,7 @@ def clear_away(mode: str, folder: Path) -> None:
         number += 1
     aside.mkdir()
     for entry in entries:
-        entry.rename(aside / entry.name)
+        shutil.move(entry, aside / entry.name)  # a linked folder may lie on another disk
     say(f"the earlier run was moved to {aside}")
 
 

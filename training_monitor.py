@@ -41,8 +41,11 @@ def say(message: str) -> None:
     """One line to the user, above a progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write(message)
-    sys.stdout.flush()
+    try:
+        tqdm.write(message)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| tee` dies of the Ctrl-C that a run still has to save after
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress(items: Iterable, total: int, what: str) -> Iterable:

@@ -115,12 +115,13 @@ class Run:
                 f"{self.processes.world_size} processes; raise train.batch_size or start fewer"
             )
         dtype = training_dtype(config, device)
-        leaders = self.processes.from_leader(lambda: dtype)
-        if dtype != leaders:
+        own = f"{device.type} in {precision_name(dtype)}"
+        leaders = self.processes.from_leader(lambda: own)
+        if own != leaders:
             raise ConfigError(
-                f"process {self.processes.rank} would train in {precision_name(dtype)}, the first "
-                f"one in {precision_name(leaders)}: their GPUs differ; choose a precision for all, "
-                "as with --train.precision fp32"
+                f"process {self.processes.rank} would train on {own}, the first one on {leaders}; "
+                "all need one kind of device (make: DEVICE=) and one precision, as with "
+                "--train.precision fp32"
             )
         if saved is None:  # else it comes with the weights
             self.model.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])

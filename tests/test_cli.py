@@ -1,5 +1,6 @@
 """The scripts as a user runs them: whole small runs, resuming, and every kind of bad input."""
 
+import errno
 import importlib
 import json
 import math
@@ -417,6 +418,21 @@ def test_new_overfit_run_leaves_a_quick_test_where_it_is(call):
     call(train_model, "--overfit", *PICTOGRAMS, "--train.max_hours", 1e-9, "--fresh")
     assert Path("checkpoints_overfit_1/checkpoint_00000001.pt").exists()
     assert Path("checkpoints_overfit/quick-test/checkpoint_00000010.pt").exists()
+
+
+def test_a_run_in_a_folder_on_another_disk_can_be_moved_aside(monkeypatch):
+    folder = Path("checkpoints")
+    (folder / "samples").mkdir(parents=True)
+    for name in ("checkpoint_00000001.pt", "samples/grid.png"):
+        (folder / name).write_text(name)
+
+    def other_disk(*places):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", other_disk)
+    train_model.clear_away("full", folder)
+    assert list(folder.iterdir()) == []
+    assert Path("checkpoints_1/samples/grid.png").read_text() == "samples/grid.png"
 
 
 def test_second_run_in_a_directory_is_refused(call):

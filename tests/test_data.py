@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch.testing import assert_close
 
 import cifar10
@@ -177,6 +177,15 @@ def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
     assert_small_source(load(data_dir=str(source))[0])
 
 
+def test_prepared_data_of_which_a_part_was_deleted_are_prepared_anew(tmp_path):
+    source = write_tree(tmp_path / "pictures", class_tree())
+    load(data_dir=str(source))
+    (info,) = Path("data/prepared").glob("*/info.json")
+    info.unlink()
+    assert_small_source(load(data_dir=str(source))[0])
+    assert info.exists()
+
+
 def test_what_a_killed_preparation_left_goes_with_the_next(tmp_path):
     source = write_tree(tmp_path / "pictures", class_tree())
     left = tmp_path / "data" / "prepared" / ".unfinished"
@@ -254,6 +263,61 @@ def test_zips_named_by_split_and_folders_named_val(tmp_path):
     assert (len(splits["train"]), len(splits["test"])) == (30, 30)
     renamed = {name.replace("test/", "val/"): c for name, c in class_tree().items()}
     assert_small_source(load(data_dir=str(write_tree(tmp_path / "val", renamed)))[0])
+
+
+def test_a_zip_beside_what_it_held_does_not_count_twice(tmp_path):
+    files = class_tree(counts=(("", 20),))
+    write_tree(tmp_path / "alone", files)
+
+    def counts(name: str) -> list[int]:
+        return [len(split) for split in load(data_dir=str(tmp_path / name))[0].values()]
+
+    expected = counts("alone")
+    for name, unpacked in (("beside", ""), ("in a folder", "pictures/")):
+        source = write_tree(tmp_path / name, {unpacked + key: c for key, c in files.items()})
+        write_zip(source / "pictures.zip", files)
+        assert counts(name) == expected
+    # What was not unpacked counts.
+    for name in files:
+        if name.startswith(CLASS_NAMES[3]):
+            (source / "pictures" / name).unlink()
+    assert counts("in a folder") == expected
+
+
+def test_zips_whose_names_windows_has_written(tmp_path):
+    files = {name.replace("/", "\\"): content for name, content in class_tree().items()}
+    assert_small_source(load(data_dir=str(write_zip(tmp_path / "windows.zip", files)))[0])
+
+
+def test_a_folder_that_is_closed_to_us_is_named(tmp_path, monkeypatch):
+    source, scandir = write_tree(tmp_path / "pictures", class_tree()), os.scandir
+
+    def closed(path):
+        if Path(path).name == "test":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match="pictures/test cannot be read .Permission denied.; change"):
+        load(data_dir=str(source))
+
+
+@pytest.mark.parametrize("orientation", range(9))
+def test_pictures_are_turned_as_their_exif_says_even_where_it_is_faulty(orientation):
+    image = Image.fromarray(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = Image.open(io.BytesIO(encoded(image, exif=exif)))
+    expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert np.array_equal(cifar10.turned(picture), expected)
+    # A camera's mistake, which PIL can read but not write: a resolution that is a text.
+    entries = struct.pack("<HHIIHHI", 274, 3, 1, orientation, 282, 2, 4) + b"72\0\0"
+    faulty = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    picture = Image.open(io.BytesIO(encoded(image, exif=faulty)))
+    if orientation > 1:
+        with pytest.raises((TypeError, struct.error)):
+            ImageOps.exif_transpose(picture)
+    assert np.array_equal(cifar10.turned(picture), expected)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -411,7 +475,12 @@ def test_damaged_archive_is_refused(published):
     batch.write_bytes(batch.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match="data_batch_3 is damaged"):
         load(data_dir=str(batch.parent))
-    archive.write_bytes(archive.read_bytes()[:1000])
+    whole = archive.read_bytes()
+    for start in range(100, len(whole) - 4096, len(whole) // 20):
+        archive.write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])
+        with pytest.raises(DataError, match="is damaged|cannot read"):
+            load(data_dir=str(archive))
+    archive.write_bytes(whole[:1000])
     with pytest.raises(DataError, match="cannot read data_batch_1"):
         load(data_dir=str(archive))
 

@@ -68,7 +68,7 @@ def test_a_missing_package_ends_the_examination(lines, monkeypatch, missing):
     monkeypatch.setattr(metadata, "version", lacking)
     status, found = lines()
     line = failing((status, found), "packages")
-    assert f"{missing} is not installed. Cure: run `make install`" in line
+    assert f"{missing} is not installed. Cure: `rm -rf .venv; make install`" in line
     assert "training" not in found
 
 

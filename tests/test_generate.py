@@ -303,6 +303,14 @@ def test_trajectory_of_few_steps(draw, steps):
         assert animation.n_frames == steps
 
 
+def test_a_class_whose_name_begins_like_another_ones_is_moved_aside_once(tmp_path):
+    for name in ("boeing_0000.png", "boeing_747_0000.png", "mine.png"):
+        (tmp_path / name).touch()
+    generate_samples.set_aside(tmp_path, ("boeing", "boeing_747"))
+    assert {path.name for path in tmp_path.iterdir()} == {"earlier_1", "mine.png"}
+    assert len(list((tmp_path / "earlier_1").iterdir())) == 2
+
+
 def test_earlier_pictures_are_moved_aside_not_lost(draw):
     draw("--samples", 1, "--classes", "cat,dog")
     earlier = {name: (OUT / name).read_bytes() for name in names(OUT)}

@@ -85,7 +85,7 @@ def test_nvidia_smi_is_missing_broken_or_hangs(fake_smi, monkeypatch, tmp_path):
 BROKEN = {"gpus": [["0", "NVIDIA H200"]], "torch_version": "2.14.1", "torch_cuda": "13.0",
           "driver_cuda": "13.3", "problem": "error 999"}  # fmt: skip
 DIAGNOSES = {
-    "torch missing": ({"torch_version": "", "problem": "No module"}, False, "`make install`"),
+    "torch missing": ({"torch_version": "", "problem": "No module"}, False, "make install`."),
     "works": ({"problem": ""}, True, "Training will use the GPU"),
     "no driver": ({"gpus": gpu_status.NOT_INSTALLED}, True, "Training works on the CPU"),
     "no device": ({"gpus": "No devices were found"}, True, "Training works on the CPU"),

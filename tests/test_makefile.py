@@ -24,11 +24,12 @@ VARIABLES = set(
 )
 
 
-def make(*arguments, folder=ROOT) -> subprocess.CompletedProcess:
+def make(*arguments, folder=ROOT, environment={}) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k not in VARIABLES and "MAKE" not in k}
     return subprocess.run(
-        ["make", *arguments], cwd=folder, env=clean, capture_output=True, text=True
-    )
+        ["make", *arguments], cwd=folder, env={**clean, **environment}, capture_output=True,
+        text=True,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -112,6 +113,9 @@ def test_what_make_does_not_know_is_refused():
     for value, given in (("1", True), ("yes", True), ("0", False), ("false", False)):
         command = make("-n", "train", f"PYTHON={sys.executable}", f"FRESH={value}").stdout
         assert ("--fresh" in command) == given
+    # Some clusters set this for purposes of their own.
+    assert "launch.py" not in make("-n", "train", f"PYTHON={sys.executable}",
+                                   environment={"NODE_RANK": "1"}).stdout  # fmt: skip
     # launch.py says what is missing.
     assert "launch.py" in make("-n", "train", f"PYTHON={sys.executable}", "NODE_RANK=1").stdout
     assert make("-n", "status", "PYTHON=/a/python").stdout.startswith("/a/python run_status.py")
@@ -146,6 +150,25 @@ def test_errors_reach_the_exit_status(copy):
     result = make("generate", f"PYTHON={sys.executable}", folder=copy)
     assert result.returncode != 0
     assert "no usable checkpoint" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_python_may_lie_in_a_folder_with_a_space(copy, tmp_path):
+    python = tmp_path / "my programs" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho called "$@"\n')
+    python.chmod(0o755)
+    for target in ("data", "train", "generate", "report"):
+        result = make(target, f"PYTHON={python}", folder=copy)
+        assert result.returncode == 0 and "called " in result.stdout
+
+
+def test_what_needs_no_packages_takes_the_environments_python_once_there_is_one(copy):
+    assert make("-n", "status", folder=copy).stdout.startswith("python3 ")
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "bin" / "python").touch()
+    assert make("-n", "status", folder=copy).stdout.startswith("python3 "), "not yet complete"
+    (copy / ".venv" / ".installed").touch()
+    assert make("-n", "status", folder=copy).stdout.startswith(".venv/bin/python ")
 
 
 def test_python_without_packages_is_refused_with_the_cure(copy, tmp_path):

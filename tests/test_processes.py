@@ -568,6 +568,12 @@ def test_a_mistake_of_the_launch_is_one_clear_sentence(tmp_path, flags, word):
     assert said.startswith("error: ") and said.count("\n") == 1 and word in said, said
 
 
+def test_a_script_for_several_machines_also_serves_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--nodes", "1", "--node-rank", "0",
+                                      "--rendezvous", "first:29500", "train_model.py"])
+    assert launcher.rendezvous_of(launcher.parse_arguments(), 1)["rdzv_backend"] == "c10d"
+
+
 @pytest.mark.usefixtures("own_directory")
 def test_a_process_whose_launcher_is_gone_does_not_start(call, monkeypatch):
     monkeypatch.setenv(LAUNCHER, str(os.getpid()))  # not this process's parent

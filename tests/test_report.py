@@ -114,12 +114,16 @@ def test_an_empty_or_damaged_run_still_has_a_page(tmp_path):
     assert "config.json is missing" in page.sections["Settings"]
     (folder / "config.json").write_text(json.dumps({"mode": "full", "model": {"of": "old"}}))
     assert "model.of old" in page_of(folder).sections["Settings"]
+    (folder / "samples").mkdir()  # with what a power failure may leave
+    for name in ("step_00000008_ema.png", "step_00000009_ema.png", "step_00000000_originals.png"):
+        (folder / "samples" / name).touch()
+    assert "No grid" in page_of(folder).sections["Samples through training"]
 
 
 def test_many_grids_are_thinned_out_evenly(tmp_path):
     (tmp_path / "samples").mkdir()
     for step in range(0, 1000, 10):
-        (tmp_path / "samples" / f"step_{step:08d}_ema.png").touch()
+        Image.new("RGB", (1, 1)).save(tmp_path / "samples" / f"step_{step:08d}_ema.png")
     steps = [step for step, _ in grid_files(tmp_path)]
     assert len(steps) == MOST_GRIDS and steps[0] == 0 and steps[-1] == 990
     gaps = [b - a for a, b in zip(steps, steps[1:])]

@@ -19,6 +19,7 @@ from training_monitor import (
     read_records,
 )
 
+ROOT = Path(__file__).parents[1]
 FACTS = {"mode": "demo", "device": "cpu", "machine": "test", "total_steps": 100,
          "steps_per_epoch": 10, "command": "python train_model.py --demo"}  # fmt: skip
 RECORD = {"loss": 0.5, "loss_quarters": [0.1, None, 0.3, 0.4], "grad_norm": 1.0,
@@ -106,6 +107,16 @@ def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {})
         monitor.end("finished")
+
+
+def test_a_reader_that_is_gone_does_not_end_the_run():
+    """As `make train | tee log`, where tee dies of the same Ctrl-C that the run saves after."""
+    code = ("import os; from training_monitor import say; os.read(0, 1); say('one'); say('two'); "
+            "os.write(2, b'saved')")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as run:
+        run.stdout.close()
+        assert run.communicate(b"x")[1] == b"saved" and run.returncode == 0
 
 
 def test_grid_places_every_picture_under_its_name():

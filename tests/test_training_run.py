@@ -72,8 +72,8 @@ def test_every_setting_reaches_the_engine(make_run):
 
 
 def test_processes_whose_gpus_would_differ_in_precision_are_refused(make_run, monkeypatch):
-    monkeypatch.setattr(Processes, "from_leader", lambda self, work: torch.float16)
-    with pytest.raises(ConfigError, match="process 0 .* fp32, the first one in fp16.*precision"):
+    monkeypatch.setattr(Processes, "from_leader", lambda self, work: "cuda in fp16")
+    with pytest.raises(ConfigError, match="0 .* on cpu in fp32, .* one on cuda in fp16"):
         make_run()
 
 
