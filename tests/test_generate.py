@@ -18,6 +18,7 @@ from build import build_model
 from conditional_diffusion import UNet, memory, save_checkpoint
 from conditional_diffusion.memory import fitting_batch_size
 from config import CLASS_NAMES
+from data import to_arrays
 from drawing import file_hash
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -265,7 +266,14 @@ def test_interruption_keeps_what_is_finished(call, checkpoint, monkeypatch):
     assert names(OUT) == {f"{name}_0000.png" for name in CLASS_NAMES[:4]}
 
 
-def test_trajectory_goes_from_noise_to_the_pictures(draw):
+def test_trajectory_goes_from_noise_to_the_pictures(draw, monkeypatch):
+    states, on_step = {}, generate_samples.Album.on_step
+
+    def noting(album, done, x_t, x_start):
+        states.setdefault(done, (to_arrays(x_t[:2]).copy(), to_arrays(x_start[:2]).copy()))
+        on_step(album, done, x_t, x_start)
+
+    monkeypatch.setattr(generate_samples.Album, "on_step", noting)
     said = draw("--samples", 2, "--classes", "frog,cat", "--seed", 3, "--steps", 32,
                 "--trajectory", "--grid-only")  # fmt: skip
     assert "trajectory.gif" in said
@@ -284,8 +292,11 @@ def test_trajectory_goes_from_noise_to_the_pictures(draw):
         picture = pixels(f"alone/{name}_0003.png").repeat(4, axis=0).repeat(4, axis=1)
         for left in (last_x_t, last_x_start):  # the last step ends at its prediction
             assert abs(strip[top : top + side, left : left + side] - picture).max() <= 1
-        first = strip[top : top + side, last_x_t - 7 * (side + 4) :][:, :side]
-        assert abs(first - picture).max() > 30
+        for expected, last in zip(states[1], (last_x_t, last_x_start)):
+            first = strip[top : top + side, last - 7 * (side + 4) :][:, :side]
+            expected = expected[row].astype(int).repeat(4, axis=0).repeat(4, axis=1)
+            assert abs(first - expected).max() <= 1 and abs(first - picture).max() > 30
+    assert abs(states[1][0].astype(int) - states[1][1]).max() > 30
 
     with Image.open(OUT / "trajectory.gif") as animation:
         assert animation.n_frames == 30 and animation.info["loop"] == 0
