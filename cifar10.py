@@ -83,7 +83,6 @@ class Picture:
     size: int  # bytes
     changed: float  # modification time, to notice that a source has changed
     read: Callable[[], bytes]
-    member: str = ""  # its name inside a zip
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -185,11 +184,11 @@ def list_pictures(source: Path) -> list[Picture]:
                     pictures.append(picture_file(path, place))
         for container in source.glob("*.zip"):
             # Of a zip that was unpacked beside itself the files count.
-            places = source, container.with_suffix("")
-            pictures.extend(
-                picture for picture in list_zip(container)
-                if not any((place / picture.member).is_file() for place in places)
-            )  # fmt: skip
+            for picture in list_zip(container):
+                member = picture.name.removeprefix(f"{container}:")
+                places = source / member, container.with_suffix("") / member
+                if not any(place.is_file() for place in places):
+                    pictures.append(picture)
     return sorted(pictures, key=lambda picture: (picture.split, picture.label, picture.name))
 
 
@@ -218,10 +217,10 @@ def list_zip(container: Path) -> Iterator[Picture]:
         member = info.filename.replace("\\", "/")  # as Windows may have written it
         place = locate(Path(container.stem, member))  # train.zip may hold a training set
         if place is not None:
-            name = f"{container}:{info.filename}"
+            name = f"{container}:{member}"
             changed = container.stat().st_mtime
             read = lambda info=info: archive.read(info)  # noqa: E731
-            yield Picture(*place, name, info.file_size, changed, read, member)
+            yield Picture(*place, name, info.file_size, changed, read)
 
 
 def locate(path: Path) -> tuple[str, int] | None:

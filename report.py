@@ -56,8 +56,11 @@ def grid_files(folder: Path) -> list[tuple[int, Path]]:
 
 def is_picture(path: Path) -> bool:
     """Whether there is a picture, and not what a power failure has left of one."""
+    from PIL import Image
+
     try:
-        reduced(path)
+        with Image.open(path) as image:
+            image.verify()  # without decoding it
     except (OSError, SyntaxError, ValueError):  # what PIL raises
         return False
     return True

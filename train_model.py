@@ -20,7 +20,7 @@ from pathlib import Path
 
 import command_line as cli
 import config as settings
-from build import choose_device, config_of, machine_name, precision_name
+from build import choose_device, config_of, machine_name, precision_name, training_dtype
 from cifar10 import DataError
 from conditional_diffusion.checkpoint import (
     CheckpointError,
@@ -241,6 +241,18 @@ def device_name(device, processes: Processes) -> str:
     return f"{device.type} in {processes.world_size} processes"
 
 
+def require_equal_devices(config: Config, device, processes: Processes) -> None:
+    """ConfigError where a process would train otherwise than the one that leads: steps must match.
+    """
+    own = f"{device.type} in {precision_name(training_dtype(config, device))}"
+    leaders = processes.from_leader(lambda: own)
+    if own != leaders:
+        raise ConfigError(
+            f"process {processes.rank} would train on {own}, the first one on {leaders}; all need "
+            "one kind of device (make: DEVICE=) and one precision, as with --train.precision fp32"
+        )
+
+
 def require_equal_data(splits: dict, processes: Processes) -> None:
     """DataError where a process has other training images than the one that leads."""
     if not processes.several:
@@ -273,6 +285,7 @@ def main() -> int:
     saved_config = config_of(saved, f"the run in {folder}") if saved else None
     config = resolve_config(args.mode, overrides, saved_config)
     device = choose_device(config, processes)
+    require_equal_devices(config, device, processes)
     may_fall_back = saved is None and "data.dataset" not in overrides
     config, splits = load_data(config, may_fall_back)
     require_equal_data(splits, processes)

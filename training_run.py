@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import config as settings
-from build import build_model, build_sampler, precision_name, switched_on, training_dtype
+from build import build_model, build_sampler, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
 from conditional_diffusion.checkpoint import require_weights
 from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
@@ -114,15 +114,6 @@ class Run:
                 f"a batch of {self.batches.batch_size} images is too small for "
                 f"{self.processes.world_size} processes; raise train.batch_size or start fewer"
             )
-        dtype = training_dtype(config, device)
-        own = f"{device.type} in {precision_name(dtype)}"
-        leaders = self.processes.from_leader(lambda: own)
-        if own != leaders:
-            raise ConfigError(
-                f"process {self.processes.rank} would train on {own}, the first one on {leaders}; "
-                "all need one kind of device (make: DEVICE=) and one precision, as with "
-                "--train.precision fp32"
-            )
         if saved is None:  # else it comes with the weights
             self.model.measure(self.spread_images(splits["train"], MEASURED_IMAGES)[0])
         self.engine = TrainingEngine(
@@ -136,7 +127,7 @@ class Run:
             ema_halflife_images=train.ema_halflife_images,
             ema_rampup_ratio=train.ema_rampup_ratio,
             max_skipped_steps=train.max_skipped_steps, seed=train.seed,
-            autocast_dtype=dtype, processes=self.processes,
+            autocast_dtype=training_dtype(config, device), processes=self.processes,
         )  # fmt: skip
         self.monitor: TrainingMonitor | None = None  # of the process that leads
         self.stop_signal = 0  # that asked this process, and so all, to stop

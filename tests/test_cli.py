@@ -25,7 +25,8 @@ import train_model
 import training_run
 from conditional_diffusion import CosineNoiseScheduler, TrainingEngine
 from conditional_diffusion.checkpoint import load_newest
-from config import CLASS_NAMES
+from conditional_diffusion.processes import Processes
+from config import CLASS_NAMES, ConfigError, full
 from data import TrainingBatches
 from training_monitor import read_metrics
 
@@ -433,6 +434,17 @@ def test_a_run_in_a_folder_on_another_disk_can_be_moved_aside(monkeypatch):
     train_model.clear_away("full", folder)
     assert list(folder.iterdir()) == []
     assert Path("checkpoints_1/samples/grid.png").read_text() == "samples/grid.png"
+
+
+def test_processes_whose_gpus_would_differ_in_precision_are_refused(call, monkeypatch):
+    monkeypatch.setattr(Processes, "from_leader", lambda self, work: "cuda in fp16")
+    with pytest.raises(ConfigError, match="1 .* on cpu in fp32, .* one on cuda in fp16"):
+        train_model.require_equal_devices(full(), torch.device("cpu"), Processes(1, 2))
+    monkeypatch.setattr(Processes, "from_leader", lambda self, work: (
+        "cuda in fp16" if isinstance(found := work(), str) else found))  # fmt: skip
+    status, said = call(train_model, *QUICK, "--device", "cpu")
+    assert status == 1
+    assert_one_sentence(said, "on cpu in fp32, the first one on cuda in fp16")
 
 
 def test_second_run_in_a_directory_is_refused(call):

@@ -1,5 +1,6 @@
 """report.html: complete, self-contained, safe against what is in the files, and alive."""
 
+import io
 import json
 import re
 import subprocess
@@ -117,6 +118,9 @@ def test_an_empty_or_damaged_run_still_has_a_page(tmp_path):
     (folder / "samples").mkdir()  # with what a power failure may leave
     for name in ("step_00000008_ema.png", "step_00000009_ema.png", "step_00000000_originals.png"):
         (folder / "samples" / name).touch()
+    buffer = io.BytesIO()
+    Image.effect_noise((99, 99), 50).save(buffer, "PNG")
+    (folder / "samples" / "step_00000010_ema.png").write_bytes(buffer.getvalue()[:2000])
     assert "No grid" in page_of(folder).sections["Samples through training"]
 
 
