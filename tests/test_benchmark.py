@@ -85,6 +85,19 @@ def test_a_process_that_dies_leaves_the_rest_of_the_benchmark(monkeypatch, capsy
     assert "memory of ours: not measured" in capsys.readouterr().out
 
 
+def own_oom_score(config, name):
+    score = float(Path("/proc/self/oom_score_adj").read_text())
+    return score, score
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_the_system_ends_a_network_that_takes_all_memory_before_the_benchmark(monkeypatch):
+    monkeypatch.setattr(benchmark, "peak_of_a_step", own_oom_score)
+    report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1)
+    benchmark.compare_memory(report, full(), ["ours"])
+    assert report.content["measurements"][0]["peak_GiB"] == 1000
+
+
 @pytest.mark.usefixtures("own_directory")
 def test_a_batch_size_has_to_be_a_number(call):
     status, said = call(benchmark, "--device", "cpu", "--batch-size", "auto")
