@@ -509,12 +509,11 @@ def main() -> int:
             networks[name] = new_network(name, config, device)
         except ImportError as error:
             print(f"{name} is left out: {error.name} is not installed")
+    compare_memory(report, config, list(networks))  # before training keeps what it freed
     per_image = compare_networks(report, config, networks)
+    networks.clear()
     data = compare_data(report, config)
     report.note("data", "share of a training step", share=data / per_image["ours"])
-    names = list(networks)
-    networks.clear()
-    compare_memory(report, config, names)
     if on_cuda:
         compare_on_cuda(report, config)
         compare_sampling(report, config)
