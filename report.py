@@ -110,7 +110,7 @@ def training_hours(train: list[dict]) -> float:
     return sum(stretches) / 3600
 
 
-def facts_section(folder: Path, run: dict, train: list[dict], validation: list[dict]) -> str:
+def facts_section(run: dict, train: list[dict], validation: list[dict]) -> str:
     def moment(key: str) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run[key])) if run.get(key) else ""
 
@@ -208,7 +208,7 @@ def write_report(folder: Path) -> Path:
     cautions = table([(f"step {w['step']}", w["message"]) for w in warnings[-20:]],
                      ["warning"] * len(warnings))  # fmt: skip
     sections = {
-        "Facts": facts_section(folder, run, train, validation),
+        "Facts": facts_section(run, train, validation),
         "Warnings": cautions if warnings else "<p>None.</p>",
         "Samples through training": grids_section(grids),
         "Originals": picture(sample_path(folder, 0, "originals"), "jpeg"),

@@ -762,3 +762,52 @@ def test_held_out_pictograms_are_no_other_seeds_training_pictures():
     config = DataConfig(dataset="pictograms", image_size=16, samples_per_class=20)
     first, second = (data.draw_pictograms(config, seed) for seed in (0, 1))
     assert not torch.equal(first["test"].images[:2], second["train"].images[:2])
+
+
+@pytest.mark.parametrize("later, size", [(10**9, 8), (0, 10)], ids=["time", "size"])
+def test_pictures_changed_in_place_are_prepared_anew(tmp_path, later, size):
+    def write(value, size):
+        picture = encoded(Image.new("RGB", (size, size), (value, 9, 9)), "BMP")
+        write_tree(tmp_path / "pictures", {
+            f"{split}/{name}/0.bmp": picture for split in ("train", "test") for name in CLASS_NAMES
+        })  # fmt: skip
+        (tmp_path / "pictures").touch()
+
+    write(10, 8)
+    assert load(data_dir="pictures")[0]["train"].images[0, 0, 0, 0] == 10
+    before = [(path, path.stat().st_mtime_ns) for path in Path("pictures").rglob("*")]
+    write(20, size)
+    for path, written in before:
+        os.utime(path, ns=(written, written + later * path.is_file()))
+    assert load(data_dir="pictures")[0]["train"].images[0, 0, 0, 0] == 20
+
+
+def test_another_image_size_is_prepared_apart(tmp_path):
+    write_tree(tmp_path / "pictures", {
+        f"{split}/{name}/0.png": png((9, 9, 9), (32, 32))
+        for split in ("train", "test") for name in CLASS_NAMES
+    })  # fmt: skip
+    for size in (16, 24, 16):
+        images = load(data_dir="pictures", image_size=size)[0]["train"].images
+        assert images.shape[-2:] == (size, size)
+
+
+def test_an_archive_changed_in_place_is_prepared_anew(published):
+    archive, _ = published
+    load(data_dir=str(archive))
+    written = archive.stat().st_mtime_ns
+    os.utime(archive, ns=(written, written + 10**9))
+    assert any("preparing" in line for line in load(data_dir=str(archive))[1])
+
+
+def test_order_and_flips_differ_between_seeds_epochs_and_rounds():
+    split = Split(torch.zeros(50, 3, 4, 4).byte(), torch.zeros(50).long())
+    config = DataConfig(image_size=4, repeats=2)
+    sources = [TrainingBatches(split, config, 10, seed, "cpu") for seed in (0, 1)]
+    rounds = {
+        tuple(order.tolist())
+        for source in sources for epoch in (0, 1) for order in source.epoch_order(epoch).split(50)
+    }  # fmt: skip
+    assert len(rounds) == 8  # two of 50! orders are hardly equal by chance
+    flips = {tuple(source.mirrored(64, step)) for source in sources for step in (0, 1)}
+    assert len(flips) == 4

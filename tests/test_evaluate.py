@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PICTOGRAMS, assert_one_sentence
+from matplotlib.figure import Figure
 from PIL import Image
 
 import data
@@ -14,12 +15,13 @@ import evaluate_samples
 import evaluation
 import train_model
 from cifar10 import DataError
-from classifier import Recipe, cached_classifier
+from classifier import Recipe, cached_classifier, look_at
 from config import CLASS_NAMES, DataConfig
 from data import enlarge
 from evaluate_samples import at_n_floor, parse_scales, read_folder
 from evaluation import Evaluator, Pictures
 from inception_scores import InceptionUnavailable
+from scores import Neighbours, frechet_distance
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 FULL = ["--full", *PICTOGRAMS, "--epochs", "2", "--samples", "10", "--batch-size", "10",
@@ -282,3 +284,80 @@ def test_no_checkpoint_is_one_sentence(call):
     status, said = call(evaluate_samples)
     assert status == 1
     assert_one_sentence(said, "no usable checkpoint")
+
+
+def test_floors_are_of_held_out_pictures_spread_over_all_classes(evaluator, splits):
+    report = evaluator.scores(Pictures(splits["train"].images[:20], None)).report
+    # Of six held-out pictures of each class, which take turns, the first and the fourth.
+    chosen = torch.arange(60).view(6, 10)[[0, 3]].flatten()
+    features, _ = look_at(evaluator.judge.model, splits["test"].images[chosen])
+    floor = frechet_distance(features, evaluator.judge.train)
+    assert report["n_floor"] == 20
+    assert report["frechet_distance_floor"] == pytest.approx(floor, rel=1e-4)
+
+
+def test_pixel_distance_is_the_root_mean_square_in_units_of_x_start():
+    levels = torch.tensor([100, 140, 240], dtype=torch.uint8)
+    grey = levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    found = evaluation.pixel_neighbours(grey[:1] + 10, grey, "cpu")
+    assert found.index[0, 0] == 0
+    assert found.distances[0, 0].item() == pytest.approx(10 / 127.5, rel=1e-4)
+
+
+def test_pairs_are_the_nearest_ones_each_above_its_original(monkeypatch, tmp_path):
+    def neighbours(first: int) -> Neighbours:
+        """Picture i is at distance 12 - i from original first + i."""
+        return Neighbours(torch.arange(12)[:, None] + first, 12.0 - torch.arange(12)[:, None])
+
+    kept = []
+    monkeypatch.setattr(
+        evaluation, "labelled_grid",
+        lambda images, *args: kept.append(images) or Image.new("RGB", (1, 1)),
+    )  # fmt: skip
+    levels = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.train = data.Split(levels + 100, torch.zeros(40).long())
+    scores = evaluation.Scores({}, None, neighbours(0), neighbours(20))
+    evaluator.draw_pairs(Pictures(levels[:12], None), scores, tmp_path / "pairs.png")
+    nearest = list(range(11, 1, -1))
+    assert kept[0][:, 0, 0, 0].reshape(4, 10).tolist() == [
+        nearest, [100 + i for i in nearest], nearest, [120 + i for i in nearest],
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What matplotlib would have written."""
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: kept.append(self))
+    return kept
+
+
+def test_confusion_is_drawn_by_row_of_the_class_wanted(figures):
+    confusion = torch.diag(torch.full((10,), 4))
+    confusion[3] = 0
+    confusion[3, 3], confusion[3, 5] = 1, 3  # of four cats wanted three look like dogs
+    evaluation.draw_confusion(confusion, None)
+    (axes,) = figures[0].axes
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert len(texts) == 11 and texts[5, 3] == "75" and texts[3, 3] == "25" and texts[5, 5] == "100"
+    assert axes.images[0].get_array()[3, 5] == 75
+    assert axes.get_ylabel() == "class wanted"
+
+
+def test_a_sweep_draws_scores_at_the_number_of_their_floor(figures):
+    records = [
+        {"guidance_scale": scale, "agreement": 0.5 + scale / 10, "frechet_distance": 10.0 * scale,
+         "frechet_distance_at_n_floor": 20.0 * scale, "frechet_distance_floor": 1.5,
+         "inception": {"fid": 5.0 * scale, "fid_at_n_floor": 7.0 * scale, "floor": {"fid": 2.5}},
+         "reference": {"classifier_accuracy": 0.9}}
+        for scale in (1, 2)
+    ]  # fmt: skip
+    evaluation.draw_sweep(records, None)
+    drawn = {axes.get_title(): [list(line.get_ydata()) for line in axes.lines]
+             for axes in figures[0].axes}  # fmt: skip
+    assert drawn == {
+        "class agreement": [[0.6, 0.7], [0.9, 0.9]], "Frechet distance": [[20.0, 40.0], [1.5, 1.5]],
+        "FID": [[7.0, 14.0], [2.5, 2.5]],
+    }  # fmt: skip
+    assert all(list(axes.lines[0].get_xdata()) == [1, 2] for axes in figures[0].axes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, assert_one_sentence
+from conftest import TINY_FLAGS, assert_identical, assert_one_sentence
 from PIL import Image
 
 import config as settings
@@ -397,3 +397,33 @@ def test_folder_that_refuses_files_is_found_out_before_drawing(call, checkpoint,
     status, said = call(generate_samples, checkpoint)
     assert status == 1 and "drawing" not in said
     assert_one_sentence(said, "generated_images", "Permission denied")
+
+
+@pytest.mark.parametrize("raw, part", [(True, "model"), (False, "ema")])
+def test_raw_weights_and_their_average_are_those_of_the_file(own_directory, raw, part):
+    path = make_checkpoint("run")
+    state = torch.load(path, weights_only=True)
+    assert any(not torch.equal(state["model"][name], state["ema"][name]) for name in state["ema"])
+    overrides = {"train.device": "cpu", "sample.batch_size": 1}
+    drawn = drawing.Drawing(str(path), overrides, raw=raw)
+    assert_identical(drawn.model.state_dict(), state[part])
+
+
+@pytest.mark.parametrize(
+    "quick, overrides, expected",
+    [
+        (False, {}, ("ddpm", 5)),
+        (True, {}, ("dpm-solver++", 3)),
+        (True, {"sample.num_inference_steps": 4}, ("dpm-solver++", 4)),
+        (True, {"sample.sampler": "ddim"}, ("ddim", 3)),
+    ],
+)
+def test_quick_drawing_takes_sampler_and_steps_of_grids(own_directory, quick, overrides, expected):
+    overrides = {"train.device": "cpu", "sample.batch_size": 1, **overrides}
+    facts = drawing.Drawing(str(make_checkpoint("run")), overrides, quick=quick).facts()
+    assert (facts["sampler"], facts["num_inference_steps"]) == expected
+
+
+def test_hash_is_the_beginning_of_sha256sum(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert file_hash(tmp_path / "abc") == "ba7816bf8f01cfea"

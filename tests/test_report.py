@@ -183,3 +183,30 @@ def test_the_slider_works_in_a_real_browser(run, monkeypatch):
     done = subprocess.run([sys.executable, "-c", BROWSER, path], capture_output=True, text=True)
     (answer,) = [line[7:] for line in done.stdout.splitlines() if line.startswith("answer ")]
     assert json.loads(answer) == [[["step 8", True]], [["step 5", True]], "step 5"]
+
+
+def test_facts_say_which_loss_is_which():
+    train = [{"step": 9, "images_seen": 90, "images_per_second": 1.0, "loss": 0.5,
+              "loss_quarters": [0.1, 0.2, 0.3, 0.4], "learning_rate": 1.0}]  # fmt: skip
+    validation = [{"step": 4, "loss": 0.45, "loss_ema": 0.25},
+                  {"step": 8, "loss": 0.4, "loss_ema": 0.3}]  # fmt: skip
+    page = report.facts_section({}, train, validation)
+    assert "0.4, EMA 0.3; best EMA 0.25 at step 4" in page
+    assert re.search(r"0\.1 .*0\.2 .*0\.3 .*0\.4 .*from least", page)
+
+
+def test_the_last_warnings_are_shown_and_grids_in_their_order(tmp_path):
+    (tmp_path / "samples").mkdir()
+    colours = {5: (255, 0, 0), 8: (0, 0, 255)}
+    for step, colour in colours.items():
+        path = tmp_path / "samples" / f"step_{step:08d}_ema.png"
+        Image.new("RGB", (64, 64), colour).save(path)
+    warnings = [{"kind": "warning", "step": s, "message": f"number {s} "} for s in range(1, 31)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, warnings)))
+    html = write_report(tmp_path).read_text()
+    assert "number 30 " in html and "number 11 " in html and "number 10 " not in html
+    assert 'max="1" value="1"' in html  # the slider starts at the last one
+    with Image.open(tmp_path / "samples.gif") as animation:
+        for frame, colour in enumerate(colours.values()):
+            animation.seek(frame)
+            assert animation.convert("RGB").getpixel((32, 32)) == colour

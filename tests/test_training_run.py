@@ -1,7 +1,10 @@
 """training_run.py: that a run's parts get its settings, its data and the right weights."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,8 +12,8 @@ from torch.testing import assert_close
 import training_run
 from conditional_diffusion import DDPMSampler, DPMSolverSampler
 from conditional_diffusion.checkpoint import load_checkpoint
-from config import apply_overrides, full
-from data import Split, to_x_start
+from config import CLASS_NAMES, apply_overrides, full
+from data import Split, to_arrays, to_x_start
 from training_run import Run
 
 SMALL = {
@@ -178,3 +181,77 @@ def test_hours_minutes_and_the_number_of_checkpoints(make_run, tmp_path, monkeyp
     assert not run.train() and run.engine.step == 9  # the first beyond an hour
     saved = [int(path.stem[-8:]) for path in sorted(tmp_path.glob("checkpoint_*.pt"))]
     assert saved == [2, 4, 6, 8, 9]
+
+
+def test_every_picture_of_a_grid_is_of_the_class_it_stands_under(make_run, monkeypatch):
+    def sample(self, model, labels, shape, seeds, **options):
+        values = 10 * torch.tensor(seeds) + labels  # tells seed and class apart
+        return values.float().view(-1, 1, 1, 1).expand(-1, *shape)
+
+    monkeypatch.setattr(DPMSolverSampler, "sample", sample)
+    run = make_run()
+    grid = run.sample(run.model, 3, grid=True)[:, 0, 0, 0].view(3, 10)
+    assert_close(grid, (10 * torch.arange(3)[:, None] + torch.arange(10)).float())
+
+
+def taking_turns(rows: int) -> list[int]:
+    """Of the fixture's images, sorted by class, four each, the first ones, classes in turns."""
+    return [4 * label + row for row in range(rows) for label in range(10)]
+
+
+def test_originals_stand_under_their_classes(make_run, splits):
+    run, drawn = make_run(), []
+    run.monitor = Notes()
+    run.monitor.draw_samples = lambda step, name, images, class_names: drawn.append(images)
+    run.draw_originals()
+    expected = splits["train"].images[taking_turns(4)].permute(0, 2, 3, 1)
+    assert np.array_equal(drawn[0], expected.numpy())
+
+
+def test_a_verdict_of_two_rows_names_and_shows_each_with_its_original(
+    make_run, splits, monkeypatch, tmp_path
+):
+    run, shown = make_run(data__samples_per_class=2), []
+    originals = to_x_start(splits["train"].images[taking_turns(2)], 16)
+    monkeypatch.setattr(run, "sample", lambda *args, **options: originals + 0.02)
+    draw = training_run.labelled_grid
+    monkeypatch.setattr(
+        training_run, "labelled_grid", lambda images, *rest: shown.append(images) or draw(images, *rest)
+    )
+    assert run.verdict()
+    found = json.loads((tmp_path / "verdict.json").read_text())["pictures"]
+    assert [p["class"] for p in found] == [p["nearest"] for p in found] == 2 * list(CLASS_NAMES)
+    assert {p["psnr"] for p in found} == {40.0}  # 20 log10(2 / 0.02)
+    drawn = shown[0].reshape(4, 10, 16, 16, 3)  # originals above, samples below
+    assert np.array_equal(drawn[0::2].reshape(20, 16, 16, 3), to_arrays(originals))
+    assert np.array_equal(drawn[1::2].reshape(20, 16, 16, 3), to_arrays(originals + 0.02))
+
+
+def test_best_is_by_the_average_and_only_of_a_step_that_was_validated(
+    make_run, monkeypatch, tmp_path
+):
+    run = make_run()
+    losses = {id(run.model): 0.125, id(run.engine.ema_model): 0.25}
+    monkeypatch.setattr(run.engine, "validation_loss", lambda model, *rest: losses[id(model)])
+    run.validate()
+    assert run.validated == (0, 0.25)
+    run.engine.step = 1  # whose weights nobody has looked at
+    run.save()
+    assert not (tmp_path / "best.pt").exists()
+    run.engine.step = 0
+    run.save()
+    assert (tmp_path / "best.pt").exists() and run.best_loss == 0.25
+
+
+def test_peak_memory_is_in_gib(monkeypatch):
+    status = "VmPeak:\t 9 kB\nVmHWM:\t 3145728 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: status)
+    assert training_run.peak_memory_gib(torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize("fits, taken", [(27, 24), (8, 8), (7, 7), (99, 40)])
+def test_a_chosen_batch_is_a_multiple_of_eight_of_at_most_all_images(
+    make_run, monkeypatch, fits, taken
+):
+    monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: fits)
+    assert make_run(train__batch_size=0).config.train.batch_size == taken

@@ -314,3 +314,56 @@ def test_heads_and_groups_of_the_default_levels():
     """Checkpoints do not hold them."""
     assert [SelfAttention(channels).num_heads for channels in (64, 128, 256)] == [1, 2, 4]
     assert [group_norm(channels).num_groups for channels in (64, 128, 256)] == [16, 32, 32]
+
+
+def wired(model, x_t, timesteps, labels, mult, blocks):
+    """UNet.forward from its parts' weights, patches by plain sums, without its own trunk."""
+    p, basis = model.patch_size, model.basis
+    w = dict(model.named_parameters())
+    h = timestep_embedding(timesteps, 16)
+    h = F.silu(F.linear(h, w["time_mlp.0.weight"], w["time_mlp.0.bias"]))
+    time = F.silu(F.linear(h, w["time_mlp.2.weight"], w["time_mlp.2.bias"]))
+    cond = F.silu(torch.cat([time, w["class_embedding.weight"][labels]], dim=1))
+    B, C, H, W = x_t.shape
+    pixels = x_t.view(B, C, H // p, p, W // p, p)
+    abar = CosineNoiseScheduler(50).alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    patches = torch.einsum("bchiwj,kcij->bkhw", pixels, basis)
+    patches = patches / (abar * model.patch_std**2 + 1 - abar).sqrt()
+
+    h, skips = F.conv2d(patches, w["stem.weight"], w["stem.bias"], padding=1) + w["position"], []
+    for level in range(len(mult)):
+        if level:
+            h = h.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+        for block in range(blocks[level]):
+            stage = model.down[level][block]
+            h = stage.attention(stage.res(h, cond))
+            skips.append(h)
+    for stage in (model.middle[0], model.middle[1]):
+        h = stage.attention(stage.res(h, cond))
+    for index in range(len(mult)):
+        if index:
+            h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        for stage in model.up[index]:
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = stage.attention(stage.res(h, cond))
+    h = F.group_norm(h, model.out_norm.num_groups, w["out_norm.weight"], w["out_norm.bias"])
+    rest = F.conv2d(F.silu(h), w["out.weight"], w["out.bias"], padding=1)
+    kernels = F.linear(time, w["input_filter.weight"], w["input_filter.bias"]).view(B, -1, 25, 1)
+    around = F.unfold(patches, 5, padding=2).view(B, patches.shape[1], 25, -1)
+    rest = rest + (kernels * around).sum(2).view_as(patches)
+    rest = torch.einsum("bkhw,kcij->bchiwj", rest, basis).reshape(x_t.shape)
+    return model.wiener(x_t, timesteps, rest)
+
+
+def test_the_network_is_wired_as_checkpoints_expect(awake_model):
+    """Changes of the wiring keep every name and shape: checkpoints would load and draw worse."""
+    model = awake_model(num_res_blocks=(2, 1)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # also the norms, which start as ones and zeros
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.measure(0.3 * torch.randn(20, 3, 16, 16, generator=generator) + 0.2)
+    x_t = torch.randn(3, 3, 16, 16, generator=generator)
+    timesteps, labels = torch.tensor([0, 20, 49]), torch.tensor([0, 7, 10])
+    with torch.no_grad():
+        expected = wired(model, x_t, timesteps, labels, (1, 2), (2, 1))
+        assert_close(model(x_t, timesteps, labels), expected, rtol=1e-4, atol=1e-4)
