@@ -38,7 +38,7 @@ ifneq ($(origin NODE_RANK),command line)
 endif
 
 # Variables become flags; a value may hold spaces. ARGS= hands on anything else.
-flag = $(if $(value $(1)),$(2) '$(subst ','\'',$(value $(1)))')
+flag = $(if $(value $(1)),$(if $(2),$(2)=)'$(subst ','\'',$(value $(1)))')
 switch = $(if $(filter 1 yes true,$($(1))),$(2))
 LAUNCH = '$(PYTHON)' $(if $(GPUS)$(NODES)$(NODE_RANK)$(RENDEZVOUS)$(RESTARTS),launch.py \
   $(call flag,GPUS,--gpus) $(if $(GPUS)$(NODES),,--gpus 1) \
@@ -106,10 +106,10 @@ evaluate: $(EVALUATION_ENVIRONMENT)  ## Scores of a checkpoint's samples, or of 
 	@$(LAUNCH) evaluate_samples.py $(EVALUATE_FLAGS)
 
 status:  ## Training state and the checkpoints that exist
-	@$(BASE_PYTHON) run_status.py status $(ARGS)
+	@'$(BASE_PYTHON)' run_status.py status $(ARGS)
 
 monitor:  ## Live view of the run and the GPU
-	@$(BASE_PYTHON) run_status.py monitor $(ARGS)
+	@'$(BASE_PYTHON)' run_status.py monitor $(ARGS)
 
 doctor: $(ENVIRONMENT)  ## Whether training will work here: everything it needs, tried in small
 	@'$(PYTHON)' doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) $(call flag,DEVICE,--device) $(ARGS)
@@ -124,19 +124,19 @@ check: $(TEST_ENVIRONMENT)  ## The test suite
 	@'$(PYTHON)' -m pytest -q tests $(TEST_FLAGS) $(ARGS)
 
 clean:  ## Remove runs and generated pictures, listing them first (CONFIRM=yes: without asking)
-	@$(BASE_PYTHON) clean.py runs $(CLEAN_FLAGS)
+	@'$(BASE_PYTHON)' clean.py runs $(CLEAN_FLAGS)
 
 clean-all:  ## The same, prepared data, caches and .venv
-	@$(BASE_PYTHON) clean.py all $(CLEAN_FLAGS)
+	@'$(BASE_PYTHON)' clean.py all $(CLEAN_FLAGS)
 
 clean-cuda:  ## Show who holds GPU memory, end our own leftovers after asking, clear GPU caches
-	@$(BASE_PYTHON) clean.py cuda $(CLEAN_FLAGS)
+	@'$(BASE_PYTHON)' clean.py cuda $(CLEAN_FLAGS)
 
 .venv/bin/python:
 	@echo "creating .venv with $(BASE_PYTHON)"
-	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@'$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another: BASE_PYTHON=python3.12" >&2; exit 1; }
-	@$(BASE_PYTHON) -m venv .venv || { rm -rf .venv; \
+	@'$(BASE_PYTHON)' -m venv .venv || { rm -rf .venv; \
 	  echo "error: cannot create .venv (reason above); on Debian or Ubuntu it needs: apt install python3-venv" >&2; exit 1; }
 
 .venv/.installed: requirements.txt | .venv/bin/python

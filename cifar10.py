@@ -95,7 +95,7 @@ def find_source(data_dir: str) -> Path | None:
     asked for and cannot be used is a DataError.
     """
     if data_dir:
-        path = Path(data_dir).expanduser()
+        path = Path(os.path.expanduser(data_dir))
         if not path.exists():
             raise DataError(f"DATA_DIR {data_dir} does not exist; check the path")
         return path
@@ -170,13 +170,13 @@ def list_pictures(source: Path) -> list[Picture]:
     if source.is_file():
         pictures.extend(list_zip(source))
     else:
-        visited = set()  # real folders: links are followed, but never in a circle
+        visited = set()  # real folders: links are followed, but nothing is seen twice
         for folder, subfolders, names in os.walk(source, followlinks=True, onerror=refuse_folder):
-            visited.add(os.path.realpath(folder))
-            subfolders[:] = [
-                name for name in sorted(subfolders)
-                if os.path.realpath(Path(folder, name)) not in visited
-            ]  # fmt: skip
+            subfolders.sort()
+            if (real := os.path.realpath(folder)) in visited:
+                subfolders.clear()
+                continue
+            visited.add(real)
             for name in names:
                 path = Path(folder, name)
                 place = locate(path.relative_to(source))
@@ -226,8 +226,8 @@ def list_zip(container: Path) -> Iterator[Picture]:
 def locate(path: Path) -> tuple[str, int] | None:
     """(split, label) of a picture from its path inside the source; None if it has no class.
 
-    The innermost folder named after a class decides. Hidden files and what macOS adds to zips are
-    no pictures.
+    The innermost folder named after a class decides. Hidden files, what macOS adds to zips and what
+    `make evaluate PICTURES=` draws of a class are no pictures.
     """
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         return None
@@ -235,7 +235,7 @@ def locate(path: Path) -> tuple[str, int] | None:
         return None
     folders = [part.lower() for part in path.parts[:-1]]
     named = [place for place, folder in enumerate(folders) if folder in LABELS]
-    if not named:
+    if not named or "evaluation" in folders[named[-1] + 1 :]:
         return None
     label = LABELS[folders.pop(named[-1])]  # a class may have the name of a split
     splits = ["test" if folder in TEST_NAMES else folder
@@ -334,7 +334,8 @@ def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
     settings = [data.image_size, data.skip_unreadable, PREPARED_VERSION, CLASS_NAMES]
     digest.update(json.dumps([str(source.resolve()), archive, settings]).encode())
     for picture in pictures:
-        digest.update(os.fsencode(f"{picture.name}\0{picture.size}\0{picture.changed}\n"))
+        inside = picture.name.removeprefix(str(source)).lstrip("/")  # however source is spelled
+        digest.update(os.fsencode(f"{inside}\0{picture.size}\0{picture.changed}\n"))
     return digest.hexdigest()[:16]
 
 

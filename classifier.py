@@ -215,6 +215,8 @@ def cached_classifier(
     name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
 
     def trained() -> dict:
+        for features in folder.glob(f"{name}_*.pt"):  # of other weights
+            features.unlink()
         say(f"classifier: training on {len(train)} pictures, once, into {folder}")
         weights = train_classifier(train, recipe, device).state_dict()
         return {key: value.cpu().contiguous() for key, value in weights.items()}

@@ -19,8 +19,8 @@ from gpu_status import format_processes, query_processes
 from run_status import is_alive
 from training_monitor import RUN_DIRECTORIES, RunInUse, read_json, refuse_second_run
 
-RUNS = ("checkpoints", "checkpoints_overfit", "checkpoints_demo", "checkpoints_[0-9]*",
-        "checkpoints_overfit_[0-9]*", "checkpoints_demo_[0-9]*", "generated_images")  # fmt: skip
+RUNS = ("checkpoints*", "generated_images")
+OURS = re.compile(r"checkpoints(_overfit|_demo)?(_\d+)?")  # as runs and those moved aside are named
 CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pytest_cache",
           "**/__pycache__")  # fmt: skip
 SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py",
@@ -35,8 +35,11 @@ def size_mib(path: Path) -> float:
 
 
 def existing(patterns: tuple[str, ...]) -> list[Path]:
-    """What matches, without what lies inside another match."""
-    found = sorted({path for pattern in patterns for path in Path().glob(pattern)})
+    """What matches, without folders that the user named and what lies inside another match."""
+    found = sorted({
+        path for pattern in patterns for path in Path().glob(pattern)
+        if not pattern.startswith("checkpoints") or OURS.fullmatch(path.name)
+    })  # fmt: skip
     return [path for path in found if not any(parent in found for parent in path.parents)]
 
 
@@ -133,7 +136,7 @@ def main() -> int:
         refuse_second_run(folder)
     patterns = RUNS + (CACHES if args.what == "all" else ())
     paths = existing(patterns)
-    full_run = any(path.name.startswith("checkpoints") and any(path.glob("*.pt"))
+    full_run = any(path.name.startswith("checkpoints") and any(path.rglob("*.pt"))
                    and not path.name.startswith(("checkpoints_overfit", "checkpoints_demo"))
                    for path in paths)  # fmt: skip
     return remove(paths, ask=full_run and not args.yes)

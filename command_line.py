@@ -1,7 +1,9 @@
 """What the scripts share: flags for every setting, errors in one sentence."""
 
 import argparse
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,8 @@ SAMPLING_FLAGS = {
     "--guidance": "sample.guidance_scale",
     "--batch-size": "sample.batch_size",
 }
+
+MOST = 1_000_000  # pictures, rounds and the like
 
 # Environment variables that launch.py sets for the processes it starts.
 LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave for it what follows
@@ -126,9 +130,9 @@ def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
 
 
 def parse_count(name: str, text: str) -> int:
-    """A whole number of at least 1, or a ConfigError that names the flag."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, not {text!r}")
+    """A whole number from 1 to MOST, or a ConfigError that names the flag."""
+    if not text.isdecimal() or len(text) > len(str(MOST)) or not 1 <= int(text) <= MOST:
+        raise ConfigError(f"{name} must be a whole number from 1 to {MOST}, not {text!r}")
     return int(text)
 
 
@@ -157,6 +161,10 @@ def join_processes():
 
 def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception], ...]) -> None:
     """Call main and exit; a user's mistake becomes one sentence on stderr and status 1."""
+    if sys.stdout is None:  # closed by who started us
+        sys.stdout = open(os.devnull, "w")
+    elif isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     # What was a mistake before a restart still is one.
     launched = os.environ.get(LAUNCH_FOLDER)
     hopeless = launched and Path(launched, MISTAKE).exists()
@@ -185,6 +193,9 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
     except user_errors as error:
         # Disks and memory may have room again at the next attempt; nothing else changes by itself.
         return complain(error) if isinstance(error, (OSError, MemoryError)) else mistake(error)
+    except BrokenPipeError:  # who reads, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or str(error)

@@ -16,6 +16,7 @@ CLASS_NAMES = (
 
 
 LARGEST_SEED = 2**63 - 1
+LARGEST = {int: 2**31 - 1, float: 1e30}  # of settings without a bound of their own: within torch's
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SWITCH = ("auto", "true", "false")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
@@ -81,6 +82,8 @@ class Section:
             if valid := bounds["one_of"]:
                 require(value in valid, f"{name} {value!r} is unknown; {nearest(value, valid)}")
             for one in value if isinstance(value, tuple) else (value,):
+                limit = LARGEST.get(type(one)) if bounds["most"] is None else None
+                require(limit is None or one <= limit, f"{name} must be at most {limit}, not {one}")
                 for key, word, keeps in (("least", "at least", operator.ge),
                                          ("above", "above", operator.gt),
                                          ("most", "at most", operator.le)):  # fmt: skip
@@ -147,9 +150,11 @@ class DataConfig(Section):
         "cifar10", "cifar10, or pictograms drawn by the program", one_of=("cifar10", "pictograms")
     )
     data_dir: str = option("", "folder, zip or archive with the pictures; empty: search")
-    image_size: int = option(128, "height and width in pixels of what the model sees", least=1)
+    image_size: int = option(
+        128, "height and width in pixels of what the model sees", least=1, most=4096
+    )
     samples_per_class: int = option(0, "training images per class; 0: all there are", least=0)
-    repeats: int = option(1, "times each training image is shown per epoch", least=1)
+    repeats: int = option(1, "times each training image is shown per epoch", least=1, most=10_000)
     horizontal_flip: bool = option(True, "mirror each training image with probability 1/2")
     skip_unreadable: bool = option(False, "leave out images that cannot be read, with a count")
 
@@ -185,7 +190,7 @@ class TrainConfig(Section):
         above=0,
     )  # fmt: skip
     seed: int = option(
-        0, "seed of weights, data order, noise and sample grids", least=0, most=LARGEST_SEED
+        0, "seed of weights, data order and noise", least=0, most=LARGEST_SEED
     )
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     precision: str = option(

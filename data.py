@@ -132,7 +132,8 @@ def enlarge(images: Tensor, image_size: int) -> Tensor:
     """uint8 (B, 3, S, S) -> uint8 (B, 3, image_size, image_size), as the model sees them."""
     if images.shape[-1] == image_size:
         return images
-    return to_images(to_x_start(images, image_size))
+    # In parts, because in float32 they take many times the memory.
+    return torch.cat([to_images(to_x_start(part, image_size)) for part in images.split(256)])
 
 
 def sent(index: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Pictures from a checkpoint: what drawing them and scoring them share."""
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ def open_checkpoint(name: str | None) -> tuple[Path, dict]:
     name: a checkpoint file or a run directory. The state also gets the file's "hash", for processes
     that do not see the file.
     """
-    asked = Path(name).expanduser() if name else None
+    asked = Path(os.path.expanduser(name)) if name else None
     if asked and not asked.is_dir():
         found = asked, load_checkpoint(asked)
     else:
@@ -46,7 +47,7 @@ def open_checkpoint(name: str | None) -> tuple[Path, dict]:
 
 def usable_folder(name: str | Path) -> Path:
     """The output folder, created if need be and tried before anything is drawn."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)

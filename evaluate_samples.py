@@ -7,6 +7,7 @@
 Every score comes with what it depends on, in scores.jsonl beside the drawings.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,7 +218,7 @@ class Report:
 
 
 def score_folder(args, overrides: dict) -> Path:
-    folder = Path(args.pictures).expanduser()
+    folder = Path(os.path.expanduser(args.pictures))
     drawing = {"CHECKPOINT": args.checkpoint, "--samples": args.samples, "--sweep": args.sweep,
                "--raw": args.raw, **{f"--{name}": value for name, value in overrides.items()
                                      if name.startswith("sample.")}}  # fmt: skip

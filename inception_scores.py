@@ -7,6 +7,7 @@ and scores of the floor are kept in a cache folder, under names made from everyt
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -106,7 +107,7 @@ def load_inception(weights: str | Path | None, device) -> tuple[torch.nn.Module,
             f"these scores need torch-fidelity ({error}); `pip install -r requirements-eval.txt` "
             "installs it"
         ) from error
-    path = Path(weights).expanduser() if weights else published_weights(URL_INCEPTION_V3)
+    path = Path(os.path.expanduser(weights)) if weights else published_weights(URL_INCEPTION_V3)
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()

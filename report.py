@@ -49,7 +49,7 @@ slider.addEventListener('input', show); show();
 
 def grid_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the EMA's grids, at most MOST_GRIDS, first and last among them."""
-    paths = sorted((folder / "samples").glob("step_*_ema.png"))
+    paths = sorted((folder / "samples").glob(f"step_{8 * '[0-9]'}_ema.png"))
     return [(int(path.name.split("_")[1]), path)
             for path in evenly(paths, MOST_GRIDS) if is_picture(path)]  # fmt: skip
 
@@ -112,7 +112,9 @@ def training_hours(train: list[dict]) -> float:
 
 def facts_section(run: dict, train: list[dict], validation: list[dict]) -> str:
     def moment(key: str) -> str:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run[key])) if run.get(key) else ""
+        if not isinstance(run.get(key), (int, float)):
+            return ""
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run[key]))
 
     rows = [("state", run.get("state", "unknown")), ("last start", moment("started")),
             ("ended", moment("ended")), ("machine", run.get("machine", ""))]  # fmt: skip
@@ -177,7 +179,7 @@ def scores_section(folder: Path) -> str:
         return "<p>Not evaluated yet: <code>make evaluate</code></p>"
     rows = [("step", "sampler", "guidance", "n", "agreement", "Frechet distance", "FID")]
     for record in records:
-        agreement, fid = record.get("agreement"), record.get("inception", {}).get("fid")
+        agreement, fid = record.get("agreement"), (record.get("inception") or {}).get("fid")
         distance, as_many, floor = (
             record.get(f"frechet_distance{end}") for end in ("", "_at_n_floor", "_floor")
         )
@@ -215,7 +217,7 @@ def write_report(folder: Path) -> Path:
         "Verdict": picture(folder / "verdict.png", "jpeg"),
         "Curves": picture(folder / "training_curves.png", "png"),
         "Scores": scores_section(folder),
-        "Commands": f"<p>To continue:</p><pre>{escape(run.get('command', ''))}</pre>"
+        "Commands": f"<p>To continue:</p><pre>{escape(str(run.get('command') or ''))}</pre>"
         f"<p>To draw from it:</p><pre>python generate_samples.py {escape(str(folder))}</pre>",
         "Settings": config_section(plain),
     }  # fmt: skip
@@ -226,7 +228,7 @@ def write_report(folder: Path) -> Path:
     )
     path = folder / "report.html"
     with replacing(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
     if len(grids) > 1:
         steps = ", ".join(str(step) for step, _ in grids)
         save_animation([reduced(file) for _, file in grids], folder / "samples.gif",

@@ -168,7 +168,8 @@ def clear_away(mode: str, folder: Path) -> None:
     entries = [entry for entry in folder.iterdir() if entry.name not in stays]
     if mode in ("quick-test", "demo"):
         for entry in entries:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            linked = entry.is_symlink()
+            entry.unlink() if linked or not entry.is_dir() else shutil.rmtree(entry)
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}_{number}")).exists():

@@ -27,6 +27,13 @@ RUN_DIRECTORIES = {
 PACE = 20  # records from which the time left is worked out
 CURVES_SECONDS = 60  # between two drawings of them, each of which takes a second
 LINE_SECONDS = 60  # between progress lines where the output is not a terminal
+# What readers of a record count on, beside its kind and step.
+RECORD_PARTS = {
+    "train": {"epoch", "time", "loss", "loss_quarters", "images_seen", "images_per_second",
+              "learning_rate", "grad_norm"},
+    "validation": {"loss", "loss_ema"},
+    "warning": {"message"},
+}  # fmt: skip
 LEAST_SIDE = 64  # pixels of a picture in a grid
 FRAME_MILLISECONDS, LAST_MILLISECONDS = 100, 2000  # of an animation
 LINEAR_PANELS = ("learning rate", "images per second")
@@ -44,8 +51,11 @@ def say(message: str) -> None:
     try:
         tqdm.write(message)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| tee` dies of the Ctrl-C that a run still has to save after
+    except OSError as error:  # a run still has to go on, or to save
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `| tee` dies of the Ctrl-C that ends the run
+            print(f"the output cannot be written: {error.strerror}; going on without it",
+                  file=sys.stderr)  # fmt: skip
 
 
 def progress(items: Iterable, total: int, what: str) -> Iterable:
@@ -105,9 +115,13 @@ def append_record(path: Path, record: dict) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl."""
+    """The records of a run's metrics.jsonl; what lacks a part is left out, as in read_records."""
     records = read_records(Path(folder) / "metrics.jsonl")
-    return [record for record in records if record.keys() >= {"kind", "step"}]
+    return [
+        record for record in records
+        if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+        and record.keys() >= RECORD_PARTS.get(record["kind"], set())
+    ]  # fmt: skip
 
 
 def by_kind(records: Sequence[dict], *kinds: str) -> list[list[dict]]:
@@ -148,7 +162,10 @@ def owner(folder: Path) -> str:
 
 
 def refuse_second_run(folder: Path) -> None:
-    """Raise RunInUse if a live process trains in this directory."""
+    """Raise RunInUse if a live process trains in this directory, or if it cannot be told."""
+    if folder.is_symlink() and not folder.exists():
+        raise RunInUse(f"{folder} is a link to {os.readlink(folder)}, which is not there; mount "
+                       "that disk, or remove the link")  # fmt: skip
     if folder.is_dir():
         acquire_lock(folder).close()
 
@@ -337,7 +354,8 @@ def save_image(image, path: Path, facts: dict | None = None) -> None:
 
     info = PngInfo()
     for key, value in (facts or {}).items():
-        info.add_text(key, value if isinstance(value, str) else json.dumps(value))
+        text = value if isinstance(value, str) else json.dumps(value)
+        info.add_text(key, text.encode(errors="backslashreplace").decode())
     with replacing(path) as unfinished:
         image.save(unfinished, format="PNG", pnginfo=info)
 

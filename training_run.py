@@ -314,7 +314,8 @@ class Run:
             if monitor:
                 monitor.advance()
             now = time.monotonic()
-            overdue = now > self.saved_at + 60 * train.save_minutes
+            # One clock counts: two, a step apart, would save twice.
+            overdue = self.processes.leads and now > self.saved_at + 60 * train.save_minutes
             if overdue:
                 self.saved_at = now  # asking once is enough
             # Clocks and signals differ between processes; what follows from them must not.

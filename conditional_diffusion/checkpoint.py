@@ -6,12 +6,14 @@ The checksums that the format holds for every tensor are verified when it is loa
 """
 
 import errno
+import lzma
 import os
 import pickle
 import re
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +27,8 @@ FORMAT_VERSION = 4  # 4: one state for each of several optimizers; 3 is read as 
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizers"}
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
-           AssertionError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
+           AssertionError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+           pickle.UnpicklingError)  # fmt: skip
 BEST = "best.pt"
 NAME = re.compile(r"best\.pt|checkpoint_\d{8}\.pt")
 
@@ -99,7 +102,7 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
     """
     require_finite(state)
     path = checkpoint_path(folder, state["step"])
-    unfinished = path.with_suffix(".tmp")
+    unfinished, copy = path.with_suffix(".tmp"), path.with_suffix(".best.tmp")
     state = {"format": FORMAT, "version": FORMAT_VERSION, "torch": str(torch.__version__), **state}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,15 +111,15 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
             torch.save(state, file)
             os.fsync(file.fileno())
         verify_checksums(unfinished)
-        os.replace(unfinished, path)
-        if best:
+        if best:  # first: a checkpoint that knows of a best loss must not exist without its weights
             try:
-                unfinished.hardlink_to(path)  # takes no space of its own while both exist
+                copy.hardlink_to(unfinished)  # takes no space of its own while both exist
             except OSError:  # a file system without links
-                shutil.copyfile(path, unfinished)
-                with open(unfinished, "rb") as file:
+                shutil.copyfile(unfinished, copy)
+                with open(copy, "rb") as file:
                     os.fsync(file.fileno())
-            os.replace(unfinished, path.with_name(BEST))
+            os.replace(copy, path.with_name(BEST))
+        os.replace(unfinished, path)
         flush_folder(path.parent)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         # torch.save reports a failed write as RuntimeError, with the cause in its context.
@@ -124,6 +127,8 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
     finally:
         with suppress(OSError):  # gone already unless something failed, which is then the news
             unfinished.unlink()
+        with suppress(OSError):
+            copy.unlink()
     others = [other for other in list_checkpoints(folder) if other.name not in (path.name, BEST)]
     for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink()

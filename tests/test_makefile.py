@@ -83,8 +83,8 @@ def test_generate_hands_its_variables_on():
     )  # fmt: skip
     command = result.stdout.splitlines()[-1]
     assert "generate_samples.py 'my run/a.pt'" in re.sub(" +", " ", command)
-    for flag in ("--classes 'cat,dog'", "--guidance '2'", "--steps '50'", "--samples '3'",
-                 "--sampler 'ddim'", "--output 'my pictures'", "--grid-only", "--trajectory"):
+    for flag in ("--classes='cat,dog'", "--guidance='2'", "--steps='50'", "--samples='3'",
+                 "--sampler='ddim'", "--output='my pictures'", "--grid-only", "--trajectory"):
         assert flag in command
 
 
@@ -92,17 +92,17 @@ def test_several_gpus_go_through_the_launcher():
     result = make("-n", "train", f"PYTHON={sys.executable}", "GPUS=8", "NODES=2", "NODE_RANK=1",
                   "RENDEZVOUS=first:29500", "RESTARTS=3", "EPOCHS=2")  # fmt: skip
     command = re.sub(" +", " ", result.stdout.splitlines()[-1])
-    assert ("launch.py --gpus '8' --nodes '2' --node-rank '1' --rendezvous 'first:29500' "
-            "--restarts '3' train_model.py --full") in command  # fmt: skip
-    assert "--epochs '2'" in command
+    assert ("launch.py --gpus='8' --nodes='2' --node-rank='1' --rendezvous='first:29500' "
+            "--restarts='3' train_model.py --full") in command  # fmt: skip
+    assert "--epochs='2'" in command
     for target in ("train", "overfit", "quick-test", "generate", "evaluate"):
         alone = make("-n", target, f"PYTHON={sys.executable}").stdout
         assert "launch.py" not in alone, target
-        assert "launch.py --gpus 'all'" in make(
+        assert "launch.py --gpus='all'" in make(
             "-n", target, f"PYTHON={sys.executable}", "GPUS=all"
         ).stdout, target  # fmt: skip
     alone = make("-n", "train", f"PYTHON={sys.executable}", "RESTARTS=2").stdout
-    assert "launch.py --gpus 1 --restarts '2'" in re.sub(" +", " ", alone)
+    assert "launch.py --gpus 1 --restarts='2'" in re.sub(" +", " ", alone)
 
 
 def test_what_make_does_not_know_is_refused():
@@ -118,7 +118,7 @@ def test_what_make_does_not_know_is_refused():
                                    environment={"NODE_RANK": "1"}).stdout  # fmt: skip
     # launch.py says what is missing.
     assert "launch.py" in make("-n", "train", f"PYTHON={sys.executable}", "NODE_RANK=1").stdout
-    assert make("-n", "status", "PYTHON=/a/python").stdout.startswith("/a/python run_status.py")
+    assert make("-n", "status", "PYTHON=/a/python").stdout.startswith("'/a/python' run_status.py")
 
 
 def test_evaluate_hands_its_variables_on():
@@ -128,9 +128,9 @@ def test_evaluate_hands_its_variables_on():
         "OUTPUT=my scores", "ARGS=--no-inception",
     )  # fmt: skip
     command = result.stdout.splitlines()[-1]
-    for flag in ("evaluate_samples.py", "--pictures 'my pictures'", "--sweep '1,2'", "--steps '9'",
-                 "--samples '3'", "--seed '1'", "--sampler 'ddim'", "--dataset 'pictograms'",
-                 "--output 'my scores'", "--no-inception"):  # fmt: skip
+    for flag in ("evaluate_samples.py", "--pictures='my pictures'", "--sweep='1,2'", "--steps='9'",
+                 "--samples='3'", "--seed='1'", "--sampler='ddim'", "--dataset='pictograms'",
+                 "--output='my scores'", "--no-inception"):  # fmt: skip
         assert flag in command
 
 
@@ -163,12 +163,12 @@ def test_python_may_lie_in_a_folder_with_a_space(copy, tmp_path):
 
 
 def test_what_needs_no_packages_takes_the_environments_python_once_there_is_one(copy):
-    assert make("-n", "status", folder=copy).stdout.startswith("python3 ")
+    assert make("-n", "status", folder=copy).stdout.startswith("'python3' ")
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / ".venv" / "bin" / "python").touch()
-    assert make("-n", "status", folder=copy).stdout.startswith("python3 "), "not yet complete"
+    assert make("-n", "status", folder=copy).stdout.startswith("'python3' "), "not yet complete"
     (copy / ".venv" / ".installed").touch()
-    assert make("-n", "status", folder=copy).stdout.startswith(".venv/bin/python ")
+    assert make("-n", "status", folder=copy).stdout.startswith("'.venv/bin/python' ")
 
 
 def test_python_without_packages_is_refused_with_the_cure(copy, tmp_path):

@@ -28,7 +28,7 @@ GPU = ["0", "NVIDIA H200", "87", "12595", "143771", "45", "350.12"]
 def train(step, **changes):
     return {"kind": "train", "step": step, "epoch": step / 50, "loss": 1 / step,
             "loss_quarters": [0.1, 0.05, None, 0.01], "learning_rate": 1e-3,
-            "images_per_second": 7.5, "time": NOW - 1000 + step} | changes  # fmt: skip
+            "grad_norm": 0.5, "images_seen": 4 * step, "images_per_second": 7.5, "time": NOW - 1000 + step} | changes  # fmt: skip
 
 
 def validation(step, loss):

@@ -216,8 +216,9 @@ def test_a_verdict_of_two_rows_names_and_shows_each_with_its_original(
     monkeypatch.setattr(run, "sample", lambda *args, **options: originals + 0.02)
     draw = training_run.labelled_grid
     monkeypatch.setattr(
-        training_run, "labelled_grid", lambda images, *rest: shown.append(images) or draw(images, *rest)
-    )
+        training_run, "labelled_grid",
+        lambda images, *rest: shown.append(images) or draw(images, *rest),
+    )  # fmt: skip
     assert run.verdict()
     found = json.loads((tmp_path / "verdict.json").read_text())["pictures"]
     assert [p["class"] for p in found] == [p["nearest"] for p in found] == 2 * list(CLASS_NAMES)
