@@ -98,7 +98,9 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
                         help="the first seed; further pictures take the next ones (0)")
     parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
                         help="auto, cpu, cuda, ...")
-    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's")
+    settled = ("sample.grid_sampler", "sample.grid_steps")  # for grids drawn during training
+    wanted = tuple(name for name in settings.OPTIONS if name not in settled)
+    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's", only=wanted)
 
 
 def config_overrides(args: argparse.Namespace) -> dict[str, str]:

@@ -3,7 +3,8 @@
     python train_model.py --full
     python train_model.py --overfit --samples 1
 
-A run that was interrupted continues when the same command is run again.
+A run that was interrupted continues when the same command is run again, but for a quick-test, which
+always starts anew.
 """
 
 import json
@@ -69,8 +70,9 @@ def parse_arguments():
         "--samples", metavar="N", help="training images per class (overfit: 1 unless given)"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="start anew; an existing run is moved aside"
-    )
+        "--fresh", action="store_true",
+        help="start anew; an existing run is moved aside, a demo or quick-test replaced",
+    )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config as JSON and stop"
     )

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -511,3 +512,31 @@ def test_names_follow_contents_to_the_disk(tmp_path, monkeypatch, links):
                       f"replace {path.name}", "fsync folder"]  # fmt: skip
     assert set(sizes[:-1]) == {path.stat().st_size}  # torch.save flushes what it wrote
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_member_that_claims_to_be_compressed_is_damage(tmp_path):
+    path = save_checkpoint(tmp_path, state(), keep=1)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")  # of the central directory; its method is 10 bytes on
+    while b"/data/" not in content[entry + 46 : entry + 120]:
+        entry = content.index(b"PK\x01\x02", entry + 1)
+    assert content[entry + 10] == zipfile.ZIP_STORED
+    content[entry + 10] = zipfile.ZIP_DEFLATED
+    path.write_bytes(content)
+    refusal(path)
+
+
+def test_best_is_never_older_than_what_a_checkpoint_says(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_checkpoint(tmp_path, state(step=1), keep=2, best=True)
+    monkeypatch.setattr(Path, "hardlink_to", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        save_checkpoint(tmp_path, state(step=2), keep=2, best=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "best.pt", "checkpoint_00000001.pt",
+    ]  # fmt: skip
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
+    assert not list(tmp_path.glob("*.tmp"))

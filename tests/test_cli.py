@@ -486,7 +486,7 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
     "arguments, words",
     [
         (["--full", "--data-dir", "nowhere"], ["DATA_DIR nowhere does not exist"]),
-        (["--overfit", "--samples", "0"], ["--samples", "at least 1"]),
+        (["--overfit", "--samples", "0"], ["--samples", "from 1 to"]),
         (["--overfit", "--samples", "two"], ["--samples", "'two'"]),
         (["--full", "--batch-size", "-3"], ["train.batch_size", "at least 0"]),
         (["--full", "--train.lerning_rate", "1"], ["lerning_rate", "--train.learning_rate"]),
@@ -574,3 +574,29 @@ def test_help_is_complete(script):
         "prepare_data": ["--data-dir", "--data.skip_unreadable"],
     }[script]
     assert all(word in result.stdout for word in wanted)
+
+
+@pytest.mark.parametrize("where", ["closed", "gone", "full"])
+def test_an_output_that_takes_nothing_is_no_traceback(tmp_path, where):
+    command = [sys.executable, str(ROOT / "train_model.py"), "--demo", "--dry-run"]
+    run = subprocess.run(
+        ["bash", "-c", {"closed": '"$@" >&-', "gone": '"$@" | true; exit ${PIPESTATUS[0]}',
+                        "full": '"$@" > /dev/full'}[where], "-", *command],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "Traceback" not in run.stderr
+    if where == "full":
+        assert "No space left" in run.stderr
+    else:
+        assert run.returncode == {"closed": 0, "gone": 141}[where] and run.stderr == ""
+
+
+def test_replacing_a_demo_removes_links_not_what_they_point_to(tmp_path):
+    folder, elsewhere = tmp_path / "checkpoints_demo", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "grid.png").write_text("x")
+    folder.mkdir()
+    (folder / "checkpoint_00000001.pt").write_text("x")
+    (folder / "samples").symlink_to(elsewhere)
+    train_model.clear_away("demo", folder)
+    assert not list(folder.iterdir()) and (elsewhere / "grid.png").exists()

@@ -75,6 +75,9 @@ def test_unknown_name_names_the_nearest(name, nearest):
         ("model.attention_sizes", "7,9", "32, 16, 8 positions"),
         ("sample.num_inference_steps", "1001", "1000 diffusion timesteps"),
         ("train.class_dropout_prob", "0", "null label"),
+        ("model.base_channels", "9" * 30, "at most 2147483647"),
+        ("model.largest_unit", "1e308", "at most 1e"),
+        ("data.repeats", "10001", "at most 10000"),
     ],
 )
 def test_unusable_value_names_setting_and_cure(name, value, word):

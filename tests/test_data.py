@@ -328,6 +328,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (source / "test").symlink_to(real / "test")
     (real / "train" / "cat" / "loop").symlink_to(real / "train")
     assert_small_source(load(data_dir=str(source))[0])
+    (source / "class3").symlink_to(real / "train" / "cat")  # beside what it points to
+    (source / "also train").symlink_to(real / "train")
+    assert_small_source(load(data_dir=str(source))[0])
     (real / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match="gone.png .a broken link"):
         load(data_dir=str(source))
@@ -811,3 +814,22 @@ def test_order_and_flips_differ_between_seeds_epochs_and_rounds():
     assert len(rounds) == 8  # two of 50! orders are hardly equal by chance
     flips = {tuple(source.mirrored(64, step)) for source in sources for step in (0, 1)}
     assert len(flips) == 4
+
+
+def test_a_source_is_prepared_once_however_it_is_spelled(tmp_path):
+    write_tree(tmp_path / "pictures", class_tree())
+    (tmp_path / "link").symlink_to("pictures")
+    for name in ("pictures", str(tmp_path / "pictures"), "./link/../pictures", "link"):
+        load(data_dir=name)
+    assert len(list(Path("data/prepared").glob("[0-9a-f]*"))) == 1
+
+
+def test_drawings_of_an_evaluated_class_are_no_pictures(tmp_path):
+    source = write_tree(tmp_path / "evaluation", class_tree())
+    write_tree(source, {"train/cat/evaluation/nearest.png": png((1, 2, 3), (276, 310))})
+    assert_small_source(load(data_dir=str(source))[0])
+
+
+def test_an_unknown_user_in_a_path_is_named():
+    with pytest.raises(DataError, match="~nobodyx/pictures does not exist"):
+        load(data_dir="~nobodyx/pictures")

@@ -346,7 +346,7 @@ def test_long_grids_end(draw, monkeypatch):
     [
         ([], ["no usable checkpoint", "make demo"]),
         (["nowhere.pt"], ["nowhere.pt does not exist"]),
-        (["--samples", "0"], ["--samples", "at least 1"]),
+        (["--samples", "0"], ["--samples", "from 1 to"]),
         (["--samples", "1000000", "--seed", "5"], ["--samples", "at most", "--seed 10005"]),
         (["--seed", "-1"], ["--seed"]),
         (["--seed", "x"], ["--seed", "whole number"]),

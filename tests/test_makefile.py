@@ -221,6 +221,24 @@ def test_clean_removes_runs_only_after_listing_them(copy):
     assert not (copy / "data/prepared").exists() and (copy / "data/mine/cat.png").exists()
 
 
+def test_clean_spares_folders_that_the_user_named_and_asks_for_nested_checkpoints(copy):
+    mine = ("checkpoints_10epochs_keep/a.pt", "checkpoints_demo_1st/a.pt", "checkpoints.old/a.pt")
+    made = ("checkpoints_2/run/a.pt", "checkpoints_overfit_1/a.pt")
+    for name in (*mine, *made):
+        (copy / name).parent.mkdir(parents=True)
+        (copy / name).write_text("x")
+    refused = make("clean", folder=copy)
+    assert refused.returncode != 0 and "CONFIRM=yes" in refused.stderr
+    assert make("clean", "CONFIRM=yes", folder=copy).returncode == 0
+    assert [name for name in (*mine, *made) if (copy / name).exists()] == list(mine)
+
+
+def test_python_in_a_folder_with_a_space(copy):
+    (copy / "my python").symlink_to(sys.executable)
+    result = make("status", f"PYTHON={copy}/my python", folder=copy)
+    assert result.returncode == 0 and "No training run yet" in result.stdout
+
+
 def test_clean_refuses_while_a_run_is_alive(copy):
     folder = copy / "checkpoints_demo"
     folder.mkdir()

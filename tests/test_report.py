@@ -210,3 +210,20 @@ def test_the_last_warnings_are_shown_and_grids_in_their_order(tmp_path):
         for frame, colour in enumerate(colours.values()):
             animation.seek(frame)
             assert animation.convert("RGB").getpixel((32, 32)) == colour
+
+
+def test_odd_contents_of_a_run_do_not_hinder_its_report(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("step_00000001_ema", "step_best_ema"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "samples" / f"{name}.png")
+    (tmp_path / "run.json").write_text('{"started": "yesterday", "command": null}')
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "scores.jsonl").write_text('{"step": 7, "inception": null}\n')
+    page = page_of(tmp_path)
+    assert "7" in page.sections["Scores"] and "step 1" in page.pictures
+
+
+def test_a_report_of_a_folder_whose_name_is_no_text(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    assert "caf?" in write_report(folder).read_text()

@@ -27,8 +27,9 @@ GPU = ["0", "NVIDIA H200", "87", "12595", "143771", "45", "350.12"]
 
 def train(step, **changes):
     return {"kind": "train", "step": step, "epoch": step / 50, "loss": 1 / step,
-            "loss_quarters": [0.1, 0.05, None, 0.01], "learning_rate": 1e-3,
-            "grad_norm": 0.5, "images_seen": 4 * step, "images_per_second": 7.5, "time": NOW - 1000 + step} | changes  # fmt: skip
+            "loss_quarters": [0.1, 0.05, None, 0.01], "learning_rate": 1e-3, "grad_norm": 0.5,
+            "images_seen": 4 * step, "images_per_second": 7.5,
+            "time": NOW - 1000 + step} | changes  # fmt: skip
 
 
 def validation(step, loss):
@@ -155,7 +156,9 @@ def test_a_truncated_last_line(tmp_path):
 def test_lines_that_are_no_records(tmp_path):
     folder = write_run(tmp_path, records=[train(10)])
     with open(folder / "metrics.jsonl", "ab") as file:
-        file.write(b'[1]\n{"step": 20}\n{"kind": "train"}\n\xff\xfe\n')
+        file.write(b'[1]\n{"step": 20}\n{"kind": "train"}\n\xff\xfe\n'
+                   b'{"kind": "train", "step": 30}\n{"kind": "warning", "step": 30}\n'
+                   b'{"kind": "validation", "step": "30"}\n')
     assert "step 10 of 5000" in status_of(tmp_path)
 
 

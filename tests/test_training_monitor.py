@@ -119,6 +119,31 @@ def test_a_reader_that_is_gone_does_not_end_the_run():
         assert run.communicate(b"x")[1] == b"saved" and run.returncode == 0
 
 
+def test_a_full_disk_under_the_log_does_not_end_the_run():
+    code = ("import os; from training_monitor import say; say('one'); say('two'); "
+            "os.write(2, b'saved')")  # fmt: skip
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
+                             cwd=ROOT, text=True)  # fmt: skip
+    assert run.returncode == 0 and run.stderr.count("cannot be written") == 1
+    assert "No space left" in run.stderr and run.stderr.endswith("saved")
+
+
+def test_a_run_directory_on_a_disk_that_is_not_mounted_is_named(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.symlink_to(tmp_path / "disk" / "runs")
+    with pytest.raises(training_monitor.RunInUse, match="disk/runs, which is not there"):
+        training_monitor.refuse_second_run(folder)
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "ü"])
+def test_facts_of_a_picture_may_hold_names_of_any_encoding(tmp_path, name):
+    path = tmp_path / "picture.png"
+    training_monitor.save_image(Image.new("RGB", (1, 1)), path, {"checkpoint": name})
+    with Image.open(path) as image:
+        assert image.text["checkpoint"] == name.replace("\udce9", "\\udce9")
+
+
 def test_grid_places_every_picture_under_its_name():
     images = np.stack([np.full((8, 8, 3), 10 * i, np.uint8) for i in range(6)])
     grid = np.asarray(training_monitor.labelled_grid(images, ["one", "two", "three"]))
