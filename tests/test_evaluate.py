@@ -238,7 +238,7 @@ def test_a_checkpoint_of_other_classes_is_refused(call, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        (["--samples", "0"], "at least 1"),
+        (["--samples", "0"], "from 1 to"),
         (["--sweep", "1,two"], "--sweep"),
         (["--sampler", "ddmp"], "ddpm"),
         (["--steps", "51"], "exceeds the 50"),
