@@ -172,7 +172,8 @@ def list_pictures(source: Path) -> list[Picture]:
     else:
         visited = set()  # real folders: links are followed, but nothing is seen twice
         for folder, subfolders, names in os.walk(source, followlinks=True, onerror=refuse_folder):
-            subfolders.sort()
+            # Links last, because what they point to may have a name that says more.
+            subfolders.sort(key=lambda name: (Path(folder, name).is_symlink(), name))
             if (real := os.path.realpath(folder)) in visited:
                 subfolders.clear()
                 continue

@@ -328,9 +328,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (source / "test").symlink_to(real / "test")
     (real / "train" / "cat" / "loop").symlink_to(real / "train")
     assert_small_source(load(data_dir=str(source))[0])
-    (source / "class3").symlink_to(real / "train" / "cat")  # beside what it points to
-    (source / "also train").symlink_to(real / "train")
-    assert_small_source(load(data_dir=str(source))[0])
+    # Beside what they point to, whose names say more.
+    (real / "class3").symlink_to(real / "train" / "cat")
+    (real / "all").symlink_to(real / "test")
+    assert_small_source(load(data_dir=str(real))[0])
     (real / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match="gone.png .a broken link"):
         load(data_dir=str(source))
