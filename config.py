@@ -189,9 +189,7 @@ class TrainConfig(Section):
         0.1, "the half-life is at most this share of the images seen, so short runs average too",
         above=0,
     )  # fmt: skip
-    seed: int = option(
-        0, "seed of weights, data order and noise", least=0, most=LARGEST_SEED
-    )
+    seed: int = option(0, "seed of weights, data order and noise", least=0, most=LARGEST_SEED)
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     precision: str = option(
         "auto", "auto (on CUDA bf16, or fp16 with loss scaling, if the GPU is fast at it), fp32 "

@@ -170,8 +170,8 @@ def clear_away(mode: str, folder: Path) -> None:
     entries = [entry for entry in folder.iterdir() if entry.name not in stays]
     if mode in ("quick-test", "demo"):
         for entry in entries:
-            linked = entry.is_symlink()
-            entry.unlink() if linked or not entry.is_dir() else shutil.rmtree(entry)
+            real_folder = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if real_folder else entry.unlink()
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}_{number}")).exists():
