@@ -54,6 +54,19 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels // 4 or 1, channels), channels)
 
 
+def conditioned_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift for x (B, C, H, W), scale and shift (B, C), in one pass.
+
+    The images of the batch stand side by side as further groups, whose weights differ.
+    """
+    B, C, H, W = x.shape
+    weight = torch.addcmul(norm.weight, norm.weight, scale)
+    bias = torch.addcmul(shift, norm.bias, 1 + scale)
+    groups = x.reshape(1, B * C, H, W)
+    x = F.group_norm(groups, B * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps)
+    return x.view(B, C, H, W)
+
+
 class ResBlock(nn.Module):
     """Two convolutions with scale-shift conditioning (Dhariwal & Nichol 2021, sec. 3)."""
 
@@ -72,9 +85,8 @@ class ResBlock(nn.Module):
         """x (B, C_in, H, W), cond (B, cond_dim) -> (B, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         # In float32, because 1 + scale would lose most of scale's digits in bfloat16.
-        condition = self.condition(cond).float()[:, :, None, None]
-        scale, shift = condition.chunk(2, dim=1)  # each (B, C_out, 1, 1)
-        h = self.norm2(h) * (1 + scale) + shift
+        scale, shift = self.condition(cond).float().chunk(2, dim=1)  # each (B, C_out)
+        h = conditioned_norm(self.norm2, h, scale, shift)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.skip(x) + h
 
@@ -93,11 +105,14 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> same shape."""
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.num_heads, C // self.num_heads, H * W)
-        # Contiguous, because the fast kernels want the channels of a position side by side.
-        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each (B, heads, H * W, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+        # Position by position, because the fast kernels want the channels of each side by side.
+        h = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, H * W, C)
+        h = F.linear(h, self.qkv.weight.flatten(1), self.qkv.bias)
+        h = h.view(B, H * W, 3, self.num_heads, C // self.num_heads)
+        q, k, v = h.permute(2, 0, 3, 1, 4)  # each (B, heads, H * W, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
+        h = F.linear(h, self.out.weight.flatten(1), self.out.bias)
+        return x + h.transpose(1, 2).view(B, C, H, W)
 
 
 class Stage(nn.Module):
