@@ -5,13 +5,25 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-VARIABLES := DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES SEED CLASSES SAMPLER STEPS GUIDANCE OUTPUT \
-  GRID TRAJECTORY PICTURES SWEEP GPUS NODES NODE_RANK RENDEZVOUS RESTARTS CHECKPOINT RUN DEVICE \
-  FRESH CONFIRM PYTHON BASE_PYTHON ARGS
+# The variables of each target; those of the machine may stand beside any of them.
+MACHINE := PYTHON BASE_PYTHON DATA_DIR
+PROCESSES := GPUS NODES NODE_RANK RENDEZVOUS RESTARTS
+TRAINING := DATASET EPOCHS BATCH_SIZE SAMPLES SEED DEVICE FRESH ARGS $(PROCESSES)
+DRAWING := CHECKPOINT SAMPLES SAMPLER STEPS GUIDANCE SEED BATCH_SIZE OUTPUT DEVICE ARGS $(PROCESSES)
+$(foreach goal,demo train overfit test quick-test,$(eval of_$(goal) := $(TRAINING)))
+of_generate := $(DRAWING) CLASSES GRID TRAJECTORY
+of_evaluate := $(DRAWING) DATASET PICTURES SWEEP
+of_report := RUN ARGS
+of_doctor := DATASET DEVICE ARGS
+of_bench := BATCH_SIZE DEVICE ARGS
+$(foreach goal,data status monitor gpu-status check,$(eval of_$(goal) := ARGS))
+$(foreach goal,clean clean-all clean-cuda,$(eval of_$(goal) := CONFIRM))
+goals := $(or $(MAKECMDGOALS),help)
 given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
-unknown := $(filter-out $(VARIABLES),$(given))
-ifneq ($(unknown),)
-  $(error $(firstword $(unknown)) is no variable here; `make help` lists them)
+unused := $(firstword $(filter-out $(MACHINE) $(foreach goal,$(goals),$(of_$(goal))),$(given)))
+ifneq ($(unused),)
+  $(error `make $(goals)` has no variable $(unused), but: $(sort $(MACHINE) \
+    $(foreach goal,$(goals),$(of_$(goal)))); `make help` says more)
 endif
 $(foreach name,FRESH GRID TRAJECTORY CONFIRM,$(if $(filter-out 1 yes true 0 no false,$($(name))),\
   $(error $(name)=$($(name)) is neither 1 nor 0)))

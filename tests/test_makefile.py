@@ -106,9 +106,13 @@ def test_several_gpus_go_through_the_launcher():
 
 
 def test_what_make_does_not_know_is_refused():
-    for word, said in (("EPOCH=1", "EPOCH is no variable"), ("FRESH=y", "FRESH=y is neither"),
-                       ("GRID=2", "GRID=2 is neither")):  # fmt: skip
-        result = make("-n", "train", f"PYTHON={sys.executable}", word)
+    for target, word, said in (
+        ("train", "EPOCH=1", "no variable EPOCH, but: ARGS "),
+        ("train", "STEPS=9", "no variable STEPS"),
+        ("train", "FRESH=y", "FRESH=y is neither"), ("generate", "GRID=2", "GRID=2 is neither"),
+        ("status", "RUN=checkpoints", "no variable RUN"), ("help", "SEED=1", "no variable SEED"),
+    ):  # fmt: skip
+        result = make("-n", target, f"PYTHON={sys.executable}", word)
         assert result.returncode != 0 and said in result.stderr
     for value, given in (("1", True), ("yes", True), ("0", False), ("false", False)):
         command = make("-n", "train", f"PYTHON={sys.executable}", f"FRESH={value}").stdout
@@ -119,6 +123,22 @@ def test_what_make_does_not_know_is_refused():
     # launch.py says what is missing.
     assert "launch.py" in make("-n", "train", f"PYTHON={sys.executable}", "NODE_RANK=1").stdout
     assert make("-n", "status", "PYTHON=/a/python").stdout.startswith("'/a/python' run_status.py")
+
+
+def test_every_target_takes_the_variables_of_its_recipe():
+    """And of several targets each those of any."""
+    makefile = (ROOT / "Makefile").read_text()
+    flags = dict(re.findall(r"^([A-Z_]+) = ((?:.*\\\n)*.*)", makefile, re.MULTILINE))
+    recipes = re.findall(r"^([a-z-]+):.*## .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert len(recipes) == len(TARGETS) - 1  # test is overfit
+    for target, recipe in recipes:
+        for name in re.findall(r"\$\((LAUNCH|[A-Z]+_FLAGS)\)", recipe):
+            recipe += flags.get(name, "")  # those of the test suite are fixed
+        used = VARIABLES & set(re.findall(r"(?:flag,|switch,|\$\()([A-Z_]+)", recipe))
+        values = [f"{name}={'' if name in ('FRESH', 'GRID', 'TRAJECTORY', 'CONFIRM') else 'x'}"
+                  for name in used | {"PYTHON", "DATA_DIR"}]  # fmt: skip
+        assert make("-n", target, *values).returncode == 0, (target, used)
+    assert make("-n", "train", "evaluate", "PYTHON=x", "EPOCHS=1", "SWEEP=1,2").returncode == 0
 
 
 def test_evaluate_hands_its_variables_on():

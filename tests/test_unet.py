@@ -305,7 +305,8 @@ def test_small_scales_of_a_residual_block_survive_bfloat16():
         exact.append(F.silu(F.group_norm(convolved.float(), 2) * (1 + scale)))
     # Each number may be rounded, but together they move by what the scale moves them.
     moved, wanted = seen[1] - seen[0], exact[1] - exact[0]
-    assert_close((moved * wanted).sum() / wanted.square().sum(), torch.tensor(1.0), rtol=0, atol=0.2)
+    share = (moved * wanted).sum() / wanted.square().sum()
+    assert_close(share, torch.tensor(1.0), rtol=0, atol=0.2)
 
 
 def test_each_branch_starts_as_no_change():
