@@ -24,7 +24,6 @@ SAMPLING_FLAGS = {
     "--sampler": "sample.sampler",
     "--steps": "sample.num_inference_steps",
     "--guidance": "sample.guidance_scale",
-    "--batch-size": "sample.batch_size",
 }
 
 MOST = 1_000_000  # pictures, rounds and the like
@@ -98,8 +97,12 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
                         help="the first seed; further pictures take the next ones (0)")
     parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
                         help="auto, cpu, cuda, ...")
-    settled = ("sample.grid_sampler", "sample.grid_steps")  # for grids drawn during training
-    wanted = tuple(name for name in settings.OPTIONS if name not in settled)
+    parser.add_argument("--batch-size", "--sample.batch_size", dest="sample.batch_size",
+                        metavar="N", default=argparse.SUPPRESS,
+                        help="pictures denoised together (auto: what fits)")
+    # The grids drawn during training have settings of their own.
+    others = ("sample.grid_sampler", "sample.grid_steps", "sample.batch_size")
+    wanted = tuple(name for name in settings.OPTIONS if name not in others)
     add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's", only=wanted)
 
 

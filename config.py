@@ -228,15 +228,18 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True)
 class SampleConfig(Section):
-    sampler: str = option("ddpm", "ddpm, ddim or dpm-solver++, of `make generate`", one_of=SAMPLERS)
-    num_inference_steps: int = option(50, "denoising steps of `make generate`", least=1)
+    sampler: str = option(
+        "ddpm", "sampler of generated pictures: ddpm, ddim or dpm-solver++", one_of=SAMPLERS
+    )
+    num_inference_steps: int = option(50, "denoising steps of generated pictures", least=1)
     eta: float = option(
         0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", least=0, most=1
     )
     grid_sampler: str = option(
-        "dpm-solver++", "sampler of the grids drawn during training", one_of=SAMPLERS
+        "dpm-solver++", "sampler of the grids drawn during training and of what is evaluated",
+        one_of=SAMPLERS,
     )
-    grid_steps: int = option(20, "denoising steps of the grids drawn during training", least=1)
+    grid_steps: int = option(20, "denoising steps of these", least=1)
     guidance_scale: float = option(2.0, "uncond + scale (cond - uncond); 1: no guidance", least=0)
     guidance_interval: tuple[float, ...] = option(
         (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end",

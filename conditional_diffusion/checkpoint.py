@@ -23,7 +23,9 @@ import torch
 from .memory import is_out_of_memory
 
 FORMAT = "conditional_diffusion"
-FORMAT_VERSION = 4  # 4: one state for each of several optimizers; 3 is read as well
+# 5: Muon's momenta in the shapes of their weights; 4, with matrices, and 3, with the state of one
+# optimizer, are read as well.
+FORMAT_VERSION = 5
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizers"}
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
@@ -185,8 +187,8 @@ def load_checkpoint(path: Path) -> dict:
             "`make status` lists those that are"
         )
     if state.get("version") == 3 and "optimizer" in state:
-        state |= {"version": FORMAT_VERSION, "optimizers": [state.pop("optimizer")]}
-    if state.get("version") != FORMAT_VERSION:
+        state |= {"version": 4, "optimizers": [state.pop("optimizer")]}
+    if state.get("version") not in (4, FORMAT_VERSION):
         raise CheckpointError(
             f"{path} has format version {state.get('version')}, this program reads "
             f"{FORMAT_VERSION}; use the version of the program that wrote it, or train anew"

@@ -37,9 +37,9 @@ def newton_schulz_factors(gram: Tensor) -> Tensor:
     for iteration in range(ITERATIONS):
         multiplier = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         multiplier.diagonal(dim1=1, dim2=2).add_(a)
-        factors = multiplier if factors is None else multiplier @ factors
+        factors = multiplier if factors is None else torch.bmm(multiplier, factors)
         if iteration < ITERATIONS - 1:
-            gram = multiplier @ gram @ multiplier
+            gram = torch.bmm(torch.bmm(multiplier, gram), multiplier)
     return factors * power.rsqrt()
 
 
@@ -55,21 +55,26 @@ def orthogonalised(stacks: list[Tensor]) -> list[Tensor]:
         by_rows.setdefault(stack.shape[1], []).append(index)
     results = list(stacks)
     for indices in by_rows.values():
-        grams = [wide[index] @ wide[index].mT for index in indices]
+        grams = [torch.bmm(wide[index], wide[index].mT) for index in indices]
         factors = newton_schulz_factors(torch.cat(grams)).split([len(gram) for gram in grams])
         for index, factor in zip(indices, factors):
-            result = factor @ wide[index]
+            result = torch.bmm(factor, wide[index])
             results[index] = result if wide[index] is stacks[index] else result.mT
     return results
+
+
+def in_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the parameter's shape as a vector, in the order of the parameter's memory."""
+    return (tensor if parameter.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(-1)
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay.
 
-    A parameter of more than two dimensions counts as a matrix of its outputs by all else. Updates
-    are scaled to one root mean square, UPDATE_RMS learning rates, whatever the matrix's shape, so
-    that AdamW and Muon share a learning rate (Liu et al. 2025, sec. 2.2). Steps are left out where
-    `found_inf` is not zero, as by torch's fused AdamW.
+    A parameter of more than two dimensions, contiguous or channels_last, counts as a matrix of its
+    outputs by all else. Updates are scaled to one root mean square, UPDATE_RMS learning rates,
+    whatever the matrix's shape, so that AdamW and Muon share a learning rate (Liu et al. 2025, sec.
+    2.2). Steps are left out where `found_inf` is not zero, as by torch's fused AdamW.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
@@ -77,10 +82,7 @@ class Muon(torch.optim.Optimizer):
         self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
             for parameter in group["params"]:
-                # Plain matrices, whatever the memory layout of the parameter.
-                self.state[parameter]["momentum"] = torch.zeros(
-                    len(parameter), parameter[0].numel(), device=parameter.device
-                )
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -92,21 +94,30 @@ class Muon(torch.optim.Optimizer):
         finite = self.found_inf == 0
         by_shape: dict[tuple, list[nn.Parameter]] = {}
         for parameter in parameters:
-            by_shape.setdefault(parameter.shape, []).append(parameter)
-        directions = [self._direction(alike, finite) for alike in by_shape.values()]
+            by_shape.setdefault((len(parameter), parameter.numel()), []).append(parameter)
+        parameters = [parameter for alike in by_shape.values() for parameter in alike]
+        # All of them end to end, because many small operations keep a GPU waiting. The columns of a
+        # matrix may stand in any order.
+        ahead = self._look_ahead(parameters, finite)
+        sizes = [numel * len(alike) for (_, numel), alike in by_shape.items()]
+        stacks = [part.view(-1, rows, numel // rows)
+                  for part, (rows, numel) in zip(ahead.split(sizes), by_shape)]  # fmt: skip
+        updates = orthogonalised(stacks)  # (n, rows, columns) each
+        torch._foreach_mul_(updates, finite.float())
         torch._foreach_mul_(parameters, 1 - lr * weight_decay * finite)
-        for alike, updates in zip(by_shape.values(), orthogonalised(directions)):
+        for alike, update in zip(by_shape.values(), updates):
             # An orthogonal matrix has a root mean square of one by the root of its longer side.
-            length = UPDATE_RMS * math.sqrt(max(updates.shape[1:]))
-            updates = updates * (length * finite)
-            torch._foreach_sub_(alike, list(updates.reshape(-1, *alike[0].shape)), alpha=lr)
+            length = UPDATE_RMS * math.sqrt(max(update.shape[1:]))
+            weights = [in_order_of(parameter, parameter) for parameter in alike]
+            torch._foreach_sub_(weights, list(update.flatten(1)), alpha=lr * length)
 
-    def _direction(self, alike: list[nn.Parameter], finite: Tensor) -> Tensor:
-        """Nesterov's look ahead (n, rows, columns) of parameters of one shape; momentum updated."""
-        momenta = [self.state[parameter]["momentum"] for parameter in alike]
-        momentum = torch.stack(momenta)
-        gradient = torch.stack([parameter.grad for parameter in alike]).flatten(2)
+    def _look_ahead(self, parameters: list[nn.Parameter], finite: Tensor) -> Tensor:
+        """Nesterov's look ahead of all parameters, a vector; momentum updated."""
+        momenta = [in_order_of(parameter, self.state[parameter]["momentum"])
+                   for parameter in parameters]  # fmt: skip
+        gradient = torch.cat([in_order_of(parameter, parameter.grad) for parameter in parameters])
+        momentum = torch.cat(momenta)
         gradient = torch.where(finite, gradient, momentum)  # which then stays what it is
         momentum.lerp_(gradient, 1 - MOMENTUM)
-        torch._foreach_copy_(momenta, list(momentum))
-        return gradient.lerp(momentum, MOMENTUM)
+        torch._foreach_copy_(momenta, momentum.split([len(vector) for vector in momenta]))
+        return gradient.lerp_(momentum, MOMENTUM)

@@ -570,9 +570,10 @@ def test_help_is_complete(script):
     assert result.returncode == 0
     wanted = {
         "train_model": ["--full", "--samples", "--train.learning_rate", "--model.channel_mult"],
-        "generate_samples": ["CHECKPOINT", "--classes", "--guidance", "--steps", "--raw"],
+        "generate_samples": ["CHECKPOINT", "--classes", "--guidance", "--steps", "--raw",
+                             "auto: what fits"],
         "prepare_data": ["--data-dir", "--data.skip_unreadable"],
-    }[script]
+    }[script]  # fmt: skip
     assert all(word in result.stdout for word in wanted)
 
 
