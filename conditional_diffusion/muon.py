@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
                    for parameter in parameters]  # fmt: skip
         gradient = torch.cat([in_order_of(parameter, parameter.grad) for parameter in parameters])
         momentum = torch.cat(momenta)
-        gradient = torch.where(finite, gradient, momentum)  # which then stays what it is
+        torch.where(finite, gradient, momentum, out=gradient)  # which then stays what it is
         momentum.lerp_(gradient, 1 - MOMENTUM)
         torch._foreach_copy_(momenta, momentum.split([len(vector) for vector in momenta]))
         return gradient.lerp_(momentum, MOMENTUM)

@@ -99,20 +99,18 @@ class SelfAttention(nn.Module):
         wanted = max(1, channels // head_channels)
         self.num_heads = max(n for n in range(1, wanted + 1) if channels % n == 0)
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> same shape."""
         B, C, H, W = x.shape
         # Position by position, because the fast kernels want the channels of each side by side.
         h = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, H * W, C)
-        h = F.linear(h, self.qkv.weight.flatten(1), self.qkv.bias)
-        h = h.view(B, H * W, 3, self.num_heads, C // self.num_heads)
-        q, k, v = h.permute(2, 0, 3, 1, 4)  # each (B, heads, H * W, C / heads)
+        qkv = self.qkv(h).view(B, H * W, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H * W, C / heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
-        h = F.linear(h, self.out.weight.flatten(1), self.out.bias)
-        return x + h.transpose(1, 2).view(B, C, H, W)
+        return x + self.out(h).transpose(1, 2).view(B, C, H, W)
 
 
 class Stage(nn.Module):

@@ -263,13 +263,13 @@ def test_attention_is_the_formula():
     block = SelfAttention(12, head_channels=4)
     nn.init.normal_(block.out.weight, std=0.3)
     x = torch.randn(2, 12, 3, 5)
-    rows = F.conv2d(block.norm(x), block.qkv.weight, block.qkv.bias).flatten(2).mT  # (2, 15, 36)
+    rows = block.norm(x).flatten(2).mT @ block.qkv.weight.T + block.qkv.bias  # (2, 15, 36)
     heads = []
     for first in (0, 4, 8):
         q, k, v = (part[:, :, first : first + 4] for part in rows.chunk(3, dim=2))
         heads.append((q @ k.mT / 4**0.5).softmax(-1) @ v)
-    found = torch.cat(heads, dim=2).mT.reshape(2, 12, 3, 5)
-    expected = x + F.conv2d(found, block.out.weight, block.out.bias)
+    found = torch.cat(heads, dim=2) @ block.out.weight.T + block.out.bias
+    expected = x + found.mT.reshape(2, 12, 3, 5)
     assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
     assert block(x).is_contiguous(), "what follows would go on in a layout that is slow on a CPU"
 
