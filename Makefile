@@ -19,7 +19,8 @@ of_bench := BATCH_SIZE DEVICE ARGS
 $(foreach goal,data status monitor gpu-status check,$(eval of_$(goal) := ARGS))
 $(foreach goal,clean clean-all clean-cuda,$(eval of_$(goal) := CONFIRM))
 goals := $(or $(MAKECMDGOALS),help)
-given := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+given := $(foreach name,$(.VARIABLES),$(if \
+  $(and $(findstring command line,$(origin $(name))),$(value $(name))),$(name)))
 unused := $(firstword $(filter-out $(MACHINE) $(foreach goal,$(goals),$(of_$(goal))),$(given)))
 ifneq ($(unused),)
   $(error `make $(goals)` has no variable $(unused), but: $(sort $(MACHINE) \

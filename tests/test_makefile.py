@@ -135,10 +135,11 @@ def test_every_target_takes_the_variables_of_its_recipe():
         for name in re.findall(r"\$\((LAUNCH|[A-Z]+_FLAGS)\)", recipe):
             recipe += flags.get(name, "")  # those of the test suite are fixed
         used = VARIABLES & set(re.findall(r"(?:flag,|switch,|\$\()([A-Z_]+)", recipe))
-        values = [f"{name}={'' if name in ('FRESH', 'GRID', 'TRAJECTORY', 'CONFIRM') else 'x'}"
+        values = [f"{name}={1 if name in ('FRESH', 'GRID', 'TRAJECTORY', 'CONFIRM') else 'x'}"
                   for name in used | {"PYTHON", "DATA_DIR"}]  # fmt: skip
         assert make("-n", target, *values).returncode == 0, (target, used)
     assert make("-n", "train", "evaluate", "PYTHON=x", "EPOCHS=1", "SWEEP=1,2").returncode == 0
+    assert make("-n", "clean", "ARGS=").returncode == 0, "an empty value asks for nothing"
 
 
 def test_evaluate_hands_its_variables_on():
