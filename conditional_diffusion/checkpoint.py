@@ -196,7 +196,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def upgraded(state: dict) -> dict:
-    """A state of format 3 or 4 in the present one, as far as its tensors can tell; else unchanged.
+    """A state of format 3 or 4 in the present one; any other as it is.
 
     Format 3 has the state of one optimizer. In both attention's projections are 1x1 convolutions;
     the optimizers' numbers for them and Muon's momenta, which are matrices, lie in the same order
