@@ -71,6 +71,8 @@ EVALUATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,PICTURES,--pictures) \
   $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
   $(call flag,BATCH_SIZE,--batch-size) $(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) $(ARGS)
 CLEAN_FLAGS = $(call switch,CONFIRM,--yes)
+REQUIRE_BASE = '$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another: BASE_PYTHON=python3.12" >&2; exit 1; }
 
 .PHONY: help install demo data train overfit test quick-test report generate evaluate status monitor \
   doctor gpu-status bench check clean clean-all clean-cuda check-python
@@ -119,9 +121,11 @@ evaluate: $(EVALUATION_ENVIRONMENT)  ## Scores of a checkpoint's samples, or of 
 	@$(LAUNCH) evaluate_samples.py $(EVALUATE_FLAGS)
 
 status:  ## Training state and the checkpoints that exist
+	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' run_status.py status $(ARGS)
 
 monitor:  ## Live view of the run and the GPU
+	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' run_status.py monitor $(ARGS)
 
 doctor: $(ENVIRONMENT)  ## Whether training will work here: everything it needs, tried in small
@@ -137,18 +141,20 @@ check: $(TEST_ENVIRONMENT)  ## The test suite
 	@'$(PYTHON)' -m pytest -q tests $(TEST_FLAGS) $(ARGS)
 
 clean:  ## Remove runs and generated pictures, listing them first (CONFIRM=yes: without asking)
+	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' clean.py runs $(CLEAN_FLAGS)
 
 clean-all:  ## The same, prepared data, caches and .venv
+	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' clean.py all $(CLEAN_FLAGS)
 
 clean-cuda:  ## Show who holds GPU memory, end our own leftovers after asking, clear GPU caches
+	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' clean.py cuda $(CLEAN_FLAGS)
 
 .venv/bin/python:
+	@$(REQUIRE_BASE)
 	@echo "creating .venv with $(BASE_PYTHON)"
-	@'$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another: BASE_PYTHON=python3.12" >&2; exit 1; }
 	@'$(BASE_PYTHON)' -m venv .venv || { rm -rf .venv; \
 	  echo "error: cannot create .venv (reason above); on Debian or Ubuntu it needs: apt install python3-venv" >&2; exit 1; }
 

@@ -42,7 +42,7 @@ from build import (
     switched_on,
     training_dtype,
 )
-from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_count
+from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_whole
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine, training_engine
 from conditional_diffusion.processes import average_gradients
 from conditional_diffusion.sampler import autocast
@@ -51,7 +51,7 @@ from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, to_images, to_x_start
 from peers import PEERS
 from training_monitor import write_json
-from training_run import compile_training, peak_memory_gib
+from training_run import compile_training, compiler_problem, peak_memory_gib
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 BURN_IN = 2  # rounds that are not counted
@@ -410,6 +410,13 @@ def compare_processes(report: Report, config: Config) -> None:
     report.note("processes", "in a group of one, against alone", ratio=statistics.median(ratios))
 
 
+def gets_through(what: str, name: str, work: Callable[[], object]) -> bool:
+    """Whether a first call does; said where it does not, as without a compiler."""
+    if reason := compiler_problem(work):
+        print(f"{what:<16} {name:<28} left out: {reason}", flush=True)
+    return not reason
+
+
 def time_training(report: Report, name: str, config: Config, images: int) -> None:
     """A training step on CUDA by itself, with its memory, built and compiled for it."""
     device = report.device
@@ -420,7 +427,8 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
     engine = engine_for(build_model(config, device)[0], config, device, images)
     flops = 3 * images * forward_flops(engine.model, config.data.image_size, device)
     work = partial(engine.train_step, *random_batch(images, config.data.image_size, device))
-    work()
+    if not gets_through("training step", name, work):
+        return
     torch.cuda.reset_peak_memory_stats(device)  # compiling, and running out of memory, raised it
     report.add("training step", name, report.time({name: work})[name], images,
                flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
@@ -454,14 +462,15 @@ def compare_sampling(report: Report, config: Config) -> None:
     batch, dtype = random_batch(images, size, device), sampling_dtype(config, device)
     model, _ = build_model(config, device)
     contiguous = settings.apply_overrides(config, {"train.channels_last": "false"})
-    works = {"as it is": (model, dtype), "in float32": (model, None),
-             "without channels_last": (build_model(contiguous, device)[0], dtype),
-             "compiled": (torch.compile(model, dynamic=False), dtype),
-             "in CUDA graphs": (torch.compile(model, mode="reduce-overhead", dynamic=False), dtype)}
+    ways = {"as it is": (model, dtype), "in float32": (model, None),
+            "without channels_last": (build_model(contiguous, device)[0], dtype),
+            "compiled": (torch.compile(model, dynamic=False), dtype),
+            "in CUDA graphs": (torch.compile(model, mode="reduce-overhead", dynamic=False), dtype)}
     torch.compiler.reset()
-    times = report.time({name: partial(sample_step, network, batch, precision)
-                         for name, (network, precision) in works.items()})  # fmt: skip
-    for name, values in times.items():
+    works = {name: partial(sample_step, network, batch, precision)
+             for name, (network, precision) in ways.items()}  # fmt: skip
+    works = {k: work for k, work in works.items() if gets_through("sampling step", k, work)}
+    for name, values in report.time(works).items():
         report.add("sampling step", name, values, images)
 
 
@@ -487,7 +496,7 @@ def parse_arguments():
 
 def main() -> int:
     args = parse_arguments()
-    rounds = parse_count("--rounds", args.rounds)
+    rounds = parse_whole("--rounds", args.rounds)
     overrides = config_overrides(args)
     device = choose_device(settings.apply_overrides(settings.full(), overrides))
     overrides.setdefault("train.batch_size", "4" if device.type == "cpu" else "128")

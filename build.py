@@ -42,7 +42,7 @@ def choose_device(config: Config, processes: Processes | None = None):
         probe = torch.ones(1, device=name)
         probe.item()  # waits for a kernel, which a mere allocation would not
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"device {name!r} cannot be used ({reason}); `make gpu-status` tells more, "
             "`--device cpu` works anywhere"

@@ -10,10 +10,12 @@ import fcntl
 import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
 import shutil
 import socket
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -32,7 +34,7 @@ SPLITS = ("train", "test")
 # What PIL and zipfile raise for damaged pictures; PIL's PNG reader also uses SyntaxError, and
 # zipfile RuntimeError for what is encrypted or compressed in an unknown way.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
-              zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
+              lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
 # What undoes each orientation of EXIF 2.3, sec. 4.6.4.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -455,7 +457,11 @@ def turned(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose would also write EXIF anew, which fails where cameras got it wrong.
     """
     image.load()  # a PNG's EXIF may follow its pixels
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (*UNREADABLE, struct.error):  # it may be damaged where the pixels are whole
+        return image
+    turn = TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

@@ -134,19 +134,16 @@ def parse_classes(text: str, class_names: tuple[str, ...]) -> list[int]:
     return chosen
 
 
-def parse_count(name: str, text: str) -> int:
-    """A whole number from 1 to MOST, or a ConfigError that names the flag."""
-    if not text.isdecimal() or len(text) > len(str(MOST)) or not 1 <= int(text) <= MOST:
-        raise ConfigError(f"{name} must be a whole number from 1 to {MOST}, not {text!r}")
+def parse_whole(name: str, text: str, least: int = 1, most: int = MOST) -> int:
+    """A whole number from least to most, or a ConfigError that names the flag."""
+    if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, not {text!r}")
     return int(text)
 
 
 def parse_seed(text: str, count: int) -> int:
-    """The first of count seeds that follow each other; ConfigError where one would be too large."""
-    seed, largest = settings.parse_value("--seed", int, text), settings.LARGEST_SEED - count + 1
-    if not 0 <= seed <= largest:
-        raise ConfigError(f"--seed must lie in 0..{largest}, not {seed}")
-    return seed
+    """The first of count seeds that follow each other."""
+    return parse_whole("--seed", text.strip(), 0, settings.LARGEST_SEED - count + 1)
 
 
 def join_processes():

@@ -44,6 +44,11 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
+def fingerprint(splits: dict[str, Split]) -> str:
+    """Changes with any of the pictures and labels, wherever they came from."""
+    return " ".join(split.fingerprint() for split in splits.values())
+
+
 def load_splits(
     data: DataConfig, *, seed: int, progress: Progress, say: Callable[[str], None]
 ) -> dict[str, Split]:

@@ -1,5 +1,6 @@
 """Whether training will work here, tried in small: `make doctor`."""
 
+import importlib
 import math
 import shutil
 import sys
@@ -12,12 +13,13 @@ from importlib import metadata
 from pathlib import Path
 
 import config as settings
-from cifar10 import DataError, assign_splits, contents, find_source
 from command_line import Parser, add_config_flags, config_overrides, exit_with
 from config import Config, ConfigError
 from gpu_status import diagnose, first_line, gather_facts
 
-PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "pillow")
+# And what to import of each; first those that others import.
+PACKAGES = {"numpy": "numpy", "pillow": "PIL.Image", "torch": "torch", "torchvision": "torchvision",
+            "matplotlib": "matplotlib", "tqdm": "tqdm"}  # fmt: skip
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 11)
 TRIAL_IMAGES = 2
@@ -44,11 +46,15 @@ def check_packages() -> Finding:
     if sys.version_info < OLDEST_PYTHON:
         return Finding(False, f"Python {python}", "3.11 or later is needed: BASE_PYTHON=python3.12")
     versions = {}
-    for name in PACKAGES:
+    for name, module in PACKAGES.items():
         try:
             versions[name] = metadata.version(name)
+            importlib.import_module(module)
         except metadata.PackageNotFoundError:
             return Finding(False, f"{name} is not installed", "`rm -rf .venv; make install`")
+        except Exception as error:  # whatever a half installed package may raise
+            return Finding(False, f"{name} cannot be imported ({first_line(error)})",
+                           "`rm -rf .venv; make install`")  # fmt: skip
     found = f"Python {python}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
     if tuple(map(int, versions["torch"].split(".")[:2])) < OLDEST_TORCH:
         return Finding(False, found, "torch 2.11 or later is needed: `rm -rf .venv; make install`")
@@ -93,6 +99,8 @@ def check_writing() -> Finding:
 
 
 def check_data(config: Config) -> Finding:
+    from cifar10 import DataError, assign_splits, contents, find_source
+
     if config.data.dataset == "pictograms":
         return Finding(True, "the built-in pictograms")
     try:

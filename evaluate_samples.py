@@ -19,7 +19,7 @@ from tqdm import tqdm
 import command_line as cli
 import config as settings
 from build import choose_device
-from cifar10 import IMAGE_SUFFIXES, UNREADABLE, DataError, locate, to_rgb
+from cifar10 import IMAGE_SUFFIXES, UNREADABLE, DataError, locate, to_rgb, turned
 from conditional_diffusion.checkpoint import CheckpointError, require_classes
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
@@ -76,7 +76,7 @@ def read_folder(folder: Path) -> Pictures:
     for path, _ in found:
         try:
             with Image.open(path) as picture:
-                pixels = np.array(to_rgb(picture))  # (H, W, 3)
+                pixels = np.array(to_rgb(turned(picture)))  # (H, W, 3)
         except UNREADABLE as error:
             raise DataError(f"{path} cannot be read ({error}); remove or replace it") from error
         images.append(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -247,7 +247,7 @@ def score_checkpoint(args, overrides: dict) -> Path:
     if config.data.dataset == "pictograms" and "data.data_dir" in overrides:
         say("the pictures of DATA_DIR are not used: this run learned the built-in pictograms; "
             "--dataset cifar10 scores against them nevertheless")  # fmt: skip
-    per_class = cli.parse_count("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
+    per_class = cli.parse_whole("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
     seed = cli.parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
     output = usable_folder(args.output or drawing.path.parent / "evaluation")

@@ -54,7 +54,7 @@ def parse_arguments():
 
 def parse_seeds(first: str, samples: str) -> list[int]:
     """The seeds first, first + 1, ... of each class's pictures."""
-    rows = cli.parse_count("--samples", samples)
+    rows = cli.parse_whole("--samples", samples)
     seed = cli.parse_seed(first, rows)
     if rows > MOST_SAMPLES:
         raise ConfigError(f"--samples must be at most {MOST_SAMPLES}, not {rows}; draw the next "
@@ -125,7 +125,8 @@ class Album:
                 picture["file"] = f"{picture['class']}_{picture['seed']:04d}.png"
                 path = self.output / picture["file"]
                 save_image(Image.fromarray(pixels), path, {**picture, **self.facts})
-        self.batches.append(images[: max(0, self.shown - self.drawn)])
+        if self.drawn < self.shown:  # a copy, or the whole batch would stay
+            self.batches.append(images[: self.shown - self.drawn].copy())
         self.drawn += len(images)
 
     def finish(self) -> None:

@@ -150,15 +150,14 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Features (N, 2048) and logits (N, 1008), float32 on the CPU, of uint8 images (N, 3, S, S)."""
     device = next(network.parameters()).device
-    layers = []
 
     def look(part: slice) -> list[Tensor]:
-        return [layer.cpu() for layer in network(enlarge(batch[part].to(device), image_size))]
+        return [layer.cpu() for layer in network(enlarge(images[part].to(device), image_size))]
 
     # TF32 would make the scores depend on the kind of GPU.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        for batch in progress(images.split(batch_size), -(-len(images) // batch_size), what):
-            layers += in_parts(look, len(batch), len(batch), "pictures for Inception")
+        parts = in_parts(look, len(images), batch_size, "pictures for Inception")
+        layers = list(progress(parts, -(-len(images) // batch_size), what))
     features, logits = (torch.cat(batches) for batches in zip(*layers))
     return features, logits
 

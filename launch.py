@@ -49,15 +49,9 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def parse_index(name: str, text: str, count: int) -> int:
-    if not text.isdecimal() or int(text) >= count:
-        raise ConfigError(f"{name} must be a whole number below {count}, not {text!r}")
-    return int(text)
-
-
 def count_gpus(text: str) -> int:
     if text != "all":
-        return cli.parse_count("--gpus", text)
+        return cli.parse_whole("--gpus", text)
     import torch
 
     count = torch.cuda.device_count()
@@ -81,7 +75,7 @@ def rendezvous_of(args, nodes: int) -> dict:
     if not host or not port.isdecimal() or int(port) not in range(1, 65536):
         raise ConfigError("several machines need --rendezvous HOST:PORT (make: RENDEZVOUS=), "
                           f"machine 0 and a free port of it, not {args.rendezvous!r}")  # fmt: skip
-    rank = parse_index("--node-rank", args.node_rank, nodes)
+    rank = cli.parse_whole("--node-rank", args.node_rank, 0, nodes - 1)
     try:
         socket.getaddrinfo(host, int(port))
     except OSError as error:
@@ -175,8 +169,8 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
 def main() -> int:
     args = parse_arguments()
     with loading_quietly():
-        gpus, nodes = count_gpus(args.gpus), cli.parse_count("--nodes", args.nodes or "1")
-    restarts = parse_index("--restarts", args.restarts, 1000)
+        gpus, nodes = count_gpus(args.gpus), cli.parse_whole("--nodes", args.nodes or "1")
+    restarts = cli.parse_whole("--restarts", args.restarts, 0, 1000)
     if not Path(args.script).is_file():
         raise ConfigError(f"{args.script} is no script here")
     script, rendezvous = [args.script, *args.arguments], rendezvous_of(args, nodes)

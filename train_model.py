@@ -152,7 +152,7 @@ def newest_checkpoint(mode: str, folder: Path) -> dict | None:
             f"{found[0]} belongs to a run of mode {state['config']['mode']}, not {mode}; move it "
             "away or start anew with --fresh (make: FRESH=1)"
         )
-    if state and mode != "full" and state["step"] >= state["total_steps"]:
+    if state and mode != "full" and state["step"] >= state["total_steps"] and has_finished(folder):
         return None
     if state:
         require_classes(found[0], state["class_names"], CLASS_NAMES)
@@ -256,21 +256,23 @@ def require_equal_devices(config: Config, device, processes: Processes) -> None:
         )
 
 
-def require_equal_data(splits: dict, processes: Processes) -> None:
-    """DataError where a process has other training images than the one that leads."""
-    if not processes.several:
-        return
-    own = splits["train"].fingerprint()
-    if own != processes.from_leader(lambda: own):
-        raise DataError(f"process {processes.rank} has other training images than the first one; "
-                        "every machine needs the same data")  # fmt: skip
+def require_equal_data(found: str, saved: dict | None, folder: Path, processes: Processes) -> None:
+    """DataError where the pictures of this fingerprint are not the leader's, or not the run's."""
+    if found != processes.from_leader(lambda: found):
+        raise DataError(f"process {processes.rank} has other pictures than the first one; every "
+                        "machine needs the same data")  # fmt: skip
+    if saved and saved.get("data", found) != found:  # earlier versions did not save it
+        raise DataError(
+            f"the run in {folder} was started with other pictures than those found now; set "
+            "DATA_DIR to where those are, or start anew with --fresh (make: FRESH=1)"
+        )
 
 
 def main() -> int:
     args = parse_arguments()
     overrides = cli.config_overrides(args)
     if args.samples is not None:
-        overrides["data.samples_per_class"] = cli.parse_count("--samples", args.samples)
+        overrides["data.samples_per_class"] = cli.parse_whole("--samples", args.samples)
     if "data.data_dir" in overrides and args.mode != "demo":
         overrides.setdefault("data.dataset", "cifar10")
     if args.dry_run:
@@ -291,8 +293,8 @@ def main() -> int:
     require_equal_devices(config, device, processes)
     may_fall_back = saved is None and "data.dataset" not in overrides
     config, splits = load_data(config, may_fall_back)
-    require_equal_data(splits, processes)
     run = Run(config, folder, splits, device, saved, processes)
+    require_equal_data(run.pictures, saved, folder, processes)
     engine = run.engine
     if engine.complete and processes.from_leader(lambda: has_finished(folder)):
         say_complete(run)

@@ -19,7 +19,7 @@ from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
-from data import Split, TrainingBatches, live_on, spread, to_arrays, to_x_start
+from data import Split, TrainingBatches, fingerprint, live_on, spread, to_arrays, to_x_start
 from gpu_status import EnergyMeter, first_line
 from health import loss_findings, picture_findings, validation_findings
 from scores import nearest_images
@@ -45,7 +45,8 @@ def peak_memory_gib(device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     # The maximum that getrusage knows also counts the process that started this one.
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
+    # The highest so far; some containers know only the present one.
+    return int(re.search(r"Vm(?:HWM|RSS):\s+(\d+)", status)[1]) / 2**20
 
 
 def compiler_problem(work: Callable[[], object]) -> str:
@@ -101,6 +102,7 @@ class Run:
         self.processes = processes or Processes()
         self.model, self.scheduler = build_model(config, device)
         self.folder, self.splits, self.device = folder, splits, device
+        self.pictures = fingerprint(splits)
         if config.train.batch_size == AUTO_BATCH:
             config = self.with_fitting_batch(config, device)
         self.config = config
@@ -284,6 +286,7 @@ class Run:
                 "class_names": list(CLASS_NAMES),
                 "total_steps": self.engine.total_steps,
                 "best_loss": self.best_loss,
+                "data": self.pictures,
                 **state,
             },
             keep=self.config.train.keep_checkpoints,

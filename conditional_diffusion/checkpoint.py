@@ -154,7 +154,7 @@ def write_failure(path: Path, error: Exception) -> str:
             f"cannot write {path}: the disk is full; free some space and run the same command "
             "again. Earlier checkpoints are intact"
         )
-    reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+    reason = getattr(cause, "strerror", None) or str(error).partition("\n")[0]
     return f"cannot write {path}: {reason}; check the folder's permissions and its disk"
 
 

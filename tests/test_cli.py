@@ -118,6 +118,16 @@ def test_what_a_kill_after_the_last_step_took_comes_again(call):
     assert "finished" in report.read_text() and not list(run.rglob("*.tmp"))
 
 
+def test_a_short_run_killed_before_its_verdict_is_not_trained_anew(call):
+    overfit = ["--overfit", *PICTOGRAMS, "--epochs", 1]
+    assert "FAIL" in call(train_model, *overfit)[1]
+    path = Path("checkpoints_overfit/run.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "running"}))
+    said = call(train_model, *overfit)[1]
+    assert "continuing at step" in said and "FAIL" in said and "moved" not in said
+    assert "moved to checkpoints_overfit_1" in call(train_model, *overfit)[1]  # it was complete
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_continues_to_the_same_weights(call, number):
     full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 2,
@@ -398,10 +408,16 @@ def test_continuing_never_changes_the_data(call, monkeypatch):
             Image.new("RGB", (8, 8), (index, 0, 0)).save(pictures / name / f"{index}.png")
     assert call(train_model, *overfit, "--data-dir", pictures)[0] == 75
     assert call(train_model, *overfit)[0] == 75  # finds them again by itself
-    shutil.rmtree(pictures)
+    moved = pictures.rename("moved")
+    assert call(train_model, *overfit, "--data-dir", moved)[0] == 75  # the same pictures
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(moved / "cat" / "0.png")
     status, said = call(train_model, *overfit)
     assert status == 1
-    assert_one_sentence(said, "DATA_DIR pictures does not exist")
+    assert_one_sentence(said, "was started with other pictures than those found now")
+    shutil.rmtree(moved)
+    status, said = call(train_model, *overfit)
+    assert status == 1
+    assert_one_sentence(said, "DATA_DIR moved does not exist")
 
 
 def test_checkpoint_of_another_mode_is_not_continued(call):

@@ -320,6 +320,16 @@ def test_pictures_are_turned_as_their_exif_says_even_where_it_is_faulty(orientat
     assert np.array_equal(cifar10.turned(picture), expected)
 
 
+def test_damaged_exif_leaves_a_picture_as_it_is():
+    image = Image.fromarray(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3))
+    for damaged in (b"Exif\0\0II*\0", b"Exif\0\0II*\0\1", b"Exif\0\0rubbish"):
+        picture = Image.open(io.BytesIO(encoded(image, exif=damaged)))
+        with pytest.raises((struct.error, SyntaxError)):
+            picture.getexif()
+        picture = Image.open(io.BytesIO(encoded(image, exif=damaged)))
+        assert np.array_equal(cifar10.turned(picture), image)
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     real = write_tree(tmp_path / "real", class_tree())
     source = tmp_path / "linked"
@@ -407,6 +417,22 @@ def test_absent_or_empty_folder_is_refused(tmp_path, make):
     make(tmp_path / "nothing")
     with pytest.raises(DataError, match="nothing"):
         load(data_dir=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_member_with_flipped_bits_is_named(tmp_path, method):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in class_tree().items():
+            archive.writestr(name, content + bytes(4000))
+    with zipfile.ZipFile(path) as archive:
+        member = archive.infolist()[0]
+    content = bytearray(path.read_bytes())
+    start = member.header_offset + 30 + len(member.filename)
+    content[start + 4 : start + member.compress_size] = b"\xff" * (member.compress_size - 4)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=member.filename):
+        load(data_dir=str(path))
 
 
 def test_file_that_is_no_zip_is_refused(tmp_path):

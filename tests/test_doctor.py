@@ -1,7 +1,10 @@
 """doctor.py: what it finds well, and that each fault is named with its cure."""
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -70,6 +73,17 @@ def test_a_missing_package_ends_the_examination(lines, monkeypatch, missing):
     line = failing((status, found), "packages")
     assert f"{missing} is not installed. Cure: `rm -rf .venv; make install`" in line
     assert "training" not in found
+
+
+@pytest.mark.parametrize("broken", ["torchvision", "PIL.Image", "numpy"])
+def test_a_package_that_cannot_be_imported_is_named(broken):
+    code = f"import sys; sys.modules[{broken!r}] = None; import doctor; sys.exit(doctor.main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parent)})
+    assert done.returncode == 1 and not done.stderr
+    name = "pillow" if broken == "PIL.Image" else broken
+    assert f"{name} cannot be imported" in " ".join(done.stdout.split())
+    assert "rm -rf .venv; make install" in " ".join(done.stdout.split())
 
 
 def test_an_old_torch_is_named(lines, monkeypatch):

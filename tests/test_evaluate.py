@@ -4,11 +4,12 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import PICTOGRAMS, assert_one_sentence
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import ExifTags, Image
 
 import data
 import evaluate_samples
@@ -202,6 +203,16 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call, monkeyp
     assert status == 0, said
     (record,) = read_scores("mine/evaluation")
     assert record["pictures"] == "mine" and record["colour"]["mean"] == [255, 0, 0]
+
+
+def test_pictures_are_scored_as_their_exif_turns_them():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    Path("mine").mkdir()
+    Image.fromarray(pixels).save("mine/cat_0.png", exif=exif)
+    found = read_folder(Path("mine")).images[0].permute(1, 2, 0)
+    assert np.array_equal(found, pixels[::-1, ::-1])
 
 
 def test_scores_need_held_out_pictures(call):

@@ -47,6 +47,19 @@ def checkpoint(own_directory) -> Path:
     return make_checkpoint("run", **{"train.class_dropout_prob": "0.1"})
 
 
+def test_only_the_pictures_of_the_grid_are_kept():
+    OUT.mkdir()
+    seeds = list(range(100))
+    album = generate_samples.Album(
+        OUT, ["cat"], seeds, [1], {}, processes=generate_samples.Processes(), single=False,
+        trajectory=False,
+    )  # fmt: skip
+    for _ in range(10):
+        album.add(np.zeros((10, 4, 4, 3), dtype=np.uint8))
+    assert [len(images) for images in album.batches] == 5 * [10]  # 50 rows
+    assert all(images.base is None for images in album.batches)
+
+
 def test_pictures_in_python_as_readme_shows_them():
     make_checkpoint("checkpoints", **{"train.class_dropout_prob": "0.1", "train.device": "cpu"})
     readme = (Path(generate_samples.__file__).parent / "README.md").read_text()

@@ -240,6 +240,27 @@ def test_reference_and_held_out_images_are_enlarged_to_the_pictures(score):
     assert abs(result["fid"]) < 1e-3 * score(images(12, 0), reference=small)["fid"]
 
 
+def test_memory_that_runs_out_makes_all_later_batches_smaller():
+    asked = []
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, batch):
+            asked.append(len(batch))
+            if len(batch) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return batch.float().mean((2, 3)), batch[:, :, 0, 0]
+
+    pictures = images(20, 0)
+    features, corners = module.extract_features(Small(), SIZE, 8, pictures, "features")
+    assert asked == [8, 4, *10 * [2]]
+    torch.testing.assert_close(features, pictures.float().mean((2, 3)))
+    assert torch.equal(corners, pictures[:, :, 0, 0])
+
+
 # ---- the cache -----------------------------------------------------------------------------------
 
 

@@ -192,6 +192,18 @@ def test_what_needs_no_packages_takes_the_environments_python_once_there_is_one(
     assert make("-n", "status", folder=copy).stdout.startswith("'.venv/bin/python' ")
 
 
+@pytest.mark.parametrize("target", ["install", "status", "monitor", "clean", "clean-cuda"])
+def test_an_old_python_is_named(copy, tmp_path, target):
+    old = tmp_path / "old-python"
+    pretended = "import sys; sys.version_info = (3, 9)"
+    old.write_text('#!/bin/sh\n[ "$1" = -c ] || exit 99\n'
+                   f'exec {sys._base_executable} -c "{pretended}; $2"\n')  # fmt: skip
+    old.chmod(0o755)
+    result = make(target, f"BASE_PYTHON={old}", folder=copy)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {old} is missing or older than 3.11")
+
+
 def test_python_without_packages_is_refused_with_the_cure(copy, tmp_path):
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec {sys._base_executable} -I -S "$@"\n')

@@ -346,10 +346,9 @@ def test_fresh_holds_until_the_earlier_run_is_aside(tmp_path, monkeypatch, call)
 
 
 def test_other_data_than_the_leaders_is_refused():
-    splits = draw_pictograms(DataConfig(image_size=16, samples_per_class=1), seed=0)
-    train_model.require_equal_data(splits, Processes())
-    with pytest.raises(DataError, match="process 1 has other training images"):
-        train_model.require_equal_data(splits, Pretended(1, 2))
+    train_model.require_equal_data("mine", None, Path("run"), Processes())
+    with pytest.raises(DataError, match="process 1 has other pictures"):
+        train_model.require_equal_data("mine", None, Path("run"), Pretended(1, 2))
 
 
 def launch(folder: Path, *arguments, gpus: int = 2, **environment) -> subprocess.Popen:

@@ -244,8 +244,10 @@ def test_best_is_by_the_average_and_only_of_a_step_that_was_validated(
     assert (tmp_path / "best.pt").exists() and run.best_loss == 0.25
 
 
-def test_peak_memory_is_in_gib(monkeypatch):
-    status = "VmPeak:\t 9 kB\nVmHWM:\t 3145728 kB\n"
+@pytest.mark.parametrize("status", [
+    "VmPeak:\t 9 kB\nVmHWM:\t 3145728 kB\nVmRSS:\t 8 kB\n", "VmRSS:\t 3145728 kB\n",
+])  # fmt: skip
+def test_peak_memory_is_in_gib(monkeypatch, status):
     monkeypatch.setattr(Path, "read_text", lambda self: status)
     assert training_run.peak_memory_gib(torch.device("cpu")) == 3
 
