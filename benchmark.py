@@ -51,7 +51,7 @@ from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, to_images, to_x_start
 from peers import PEERS
 from training_monitor import write_json
-from training_run import compile_training, compiler_problem, peak_memory_gib
+from training_run import compile_training, missing_compiler, peak_memory_gib
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 BURN_IN = 2  # rounds that are not counted
@@ -95,6 +95,7 @@ SWITCHES = {
     "float32 products in TF32": ({}, products_in_tf32),
     "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
 }  # fmt: skip
+COMPILED = ("compiled with the loss", "compiled", "in CUDA graphs")  # not by compile_training
 USER_ERRORS = (ConfigError,)
 
 
@@ -410,11 +411,14 @@ def compare_processes(report: Report, config: Config) -> None:
     report.note("processes", "in a group of one, against alone", ratio=statistics.median(ratios))
 
 
-def gets_through(what: str, name: str, work: Callable[[], object]) -> bool:
-    """Whether a first call does; said where it does not, as without a compiler."""
-    if reason := compiler_problem(work):
-        print(f"{what:<16} {name:<28} left out: {reason}", flush=True)
-    return not reason
+def without_compiled(variants: dict, device: torch.device) -> dict:
+    """The variants that can be measured: all, or without a compiler those that need none."""
+    problem = missing_compiler(device)
+    left_out = [name for name in variants if name in COMPILED and problem]
+    if left_out:
+        print(f"left out, since torch.compile does not work here ({problem}): "
+              + ", ".join(left_out), flush=True)  # fmt: skip
+    return {name: variant for name, variant in variants.items() if name not in left_out}
 
 
 def time_training(report: Report, name: str, config: Config, images: int) -> None:
@@ -427,8 +431,7 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
     engine = engine_for(build_model(config, device)[0], config, device, images)
     flops = 3 * images * forward_flops(engine.model, config.data.image_size, device)
     work = partial(engine.train_step, *random_batch(images, config.data.image_size, device))
-    if not gets_through("training step", name, work):
-        return
+    work()
     torch.cuda.reset_peak_memory_stats(device)  # compiling, and running out of memory, raised it
     report.add("training step", name, report.time({name: work})[name], images,
                flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
@@ -440,7 +443,7 @@ def compare_on_cuda(report: Report, config: Config) -> None:
     size, device = config.data.image_size, report.device
     for images in BATCH_SIZES:
         time_training(report, f"batch {images}", config, images)
-    for name, (changes, context) in SWITCHES.items():
+    for name, (changes, context) in without_compiled(SWITCHES, device).items():
         changed = settings.apply_overrides(config, changes)
         with context():
             time_training(report, name, changed, config.train.batch_size)
@@ -467,10 +470,10 @@ def compare_sampling(report: Report, config: Config) -> None:
             "compiled": (torch.compile(model, dynamic=False), dtype),
             "in CUDA graphs": (torch.compile(model, mode="reduce-overhead", dynamic=False), dtype)}
     torch.compiler.reset()
-    works = {name: partial(sample_step, network, batch, precision)
-             for name, (network, precision) in ways.items()}  # fmt: skip
-    works = {k: work for k, work in works.items() if gets_through("sampling step", k, work)}
-    for name, values in report.time(works).items():
+    times = report.time({name: partial(sample_step, network, batch, precision)
+                         for name, (network, precision)
+                         in without_compiled(ways, device).items()})  # fmt: skip
+    for name, values in times.items():
         report.add("sampling step", name, values, images)
 
 

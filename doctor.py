@@ -53,7 +53,8 @@ def check_packages() -> Finding:
         except metadata.PackageNotFoundError:
             return Finding(False, f"{name} is not installed", "`rm -rf .venv; make install`")
         except Exception as error:  # whatever a half installed package may raise
-            return Finding(False, f"{name} cannot be imported ({first_line(error)})",
+            reason = first_line(error) or type(error).__name__
+            return Finding(False, f"{name} cannot be imported ({reason})",
                            "`rm -rf .venv; make install`")  # fmt: skip
     found = f"Python {python}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
     if tuple(map(int, versions["torch"].split(".")[:2])) < OLDEST_TORCH:
@@ -132,7 +133,7 @@ def check_step(config: Config) -> Finding:
         training_dtype,
     )
     from conditional_diffusion import TrainingEngine
-    from training_run import compiler_problem, peak_memory_gib
+    from training_run import missing_compiler, peak_memory_gib
 
     try:
         device = choose_device(config)
@@ -167,11 +168,7 @@ def check_step(config: Config) -> Finding:
                        "--train.precision fp32")  # fmt: skip
     text = (f"on {device} in {precision_name(dtype)}: a step of {TRIAL_IMAGES} images took "
             f"{seconds:.2g} s, a picture could be drawn, {peak_memory_gib(device):.1f} GiB at most")
-    problem = ""
-    if switched_on(config.train.compile, device):
-        problem = compiler_problem(
-            lambda: torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
-        )
+    problem = missing_compiler(device) if switched_on(config.train.compile, device) else ""
     if problem:
         return Finding(True, f"{text}; torch.compile does not work ({problem})",
                        "training goes on without it, only slower; it needs a C compiler and "

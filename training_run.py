@@ -60,6 +60,13 @@ def compiler_problem(work: Callable[[], object]) -> str:
     return ""
 
 
+def missing_compiler(device: torch.device) -> str:
+    """What stops torch.compile here, in one line; empty where it works."""
+    return compiler_problem(
+        lambda: torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+    )
+
+
 def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
     """Compile the training step, or say why not: a run must not depend on a compiler."""
     from torch._dynamo import config as dynamo

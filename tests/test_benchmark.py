@@ -72,6 +72,18 @@ def test_what_is_measured_on_cuda_runs_through(monkeypatch):
     assert [getattr(*switch) for switch in switches] == before
 
 
+@pytest.mark.parametrize("problem", ["", "no C compiler"])
+def test_without_a_compiler_only_what_needs_none_is_measured(monkeypatch, capsys, problem):
+    monkeypatch.setattr(benchmark, "missing_compiler", lambda device: problem)
+    kept = list(benchmark.without_compiled(benchmark.SWITCHES, CPU))
+    said = capsys.readouterr().out
+    if problem:
+        assert set(benchmark.SWITCHES) - set(kept) == {"compiled with the loss"}
+        assert said.startswith("left out") and problem in said and "with the loss" in said
+    else:
+        assert kept == list(benchmark.SWITCHES) and said == ""
+
+
 def die(config, name):
     os._exit(9)
 
