@@ -94,7 +94,7 @@ SWITCHES = {
     ),
     "float32 products in TF32": ({}, products_in_tf32),
     "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
-}  # fmt: skip
+}
 COMPILED = ("compiled with the loss", "compiled", "in CUDA graphs")  # not by compile_training
 USER_ERRORS = (ConfigError,)
 
@@ -145,14 +145,14 @@ class Report:
         return time_in_turns(works, self.rounds, self.device)
 
     def add(self, what: str, name: str, times: list[float], images: int, *, flops: float = 0.0,
-            peak: float = 0.0, **more) -> None:  # fmt: skip
+            peak: float = 0.0, **more) -> None:
         """Durations of calls that process so many images and take so many FLOPs each."""
         middle = statistics.median(times)
         record = {
             "what": what, "name": name, "n": len(times), "images": images,
             "seconds_per_image": middle / images, "images_per_second": images / middle,
             "fastest": min(times) / images, "slowest": max(times) / images, **more,
-        }  # fmt: skip
+        }
         line = (f"{what:<16} {name:<28} {images / middle:10.4g} images/s  {middle / images:9.3g} "
                 f"s/image, {min(times) / images:.3g} to {max(times) / images:.3g}, n {len(times)}")
         if flops and peak:
@@ -222,7 +222,7 @@ def engine_for(
     engine = TrainingEngine(
         model, scheduler, total_steps=10**6, learning_rate=1e-4,
         optimizer=config.train.optimizer, autocast_dtype=training_dtype(config, device),
-    )  # fmt: skip
+    )
     if switched_on(config.train.compile, device):
         compile_training(engine, random_batch(images, config.data.image_size, device))
     return engine
@@ -250,9 +250,9 @@ def usual_loader(images: torch.Tensor, folder: Path) -> DataLoader:
     transform = transforms.Compose([
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
         transforms.Normalize([0.5] * 3, [0.5] * 3),
-    ])  # fmt: skip
+    ])
     return DataLoader(ImageFolder(folder, transform), DATA_BATCH, shuffle=True, num_workers=WORKERS,
-                      drop_last=True, persistent_workers=True)  # fmt: skip
+                      drop_last=True, persistent_workers=True)
 
 
 def endless(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
@@ -311,7 +311,7 @@ def compare_networks(
         kept = kept_bytes(model, size, device, dtypes[0])
         report.note("network", name, parameters_M=parameters / 1e6,
                     forward_GFLOP_per_image=flops[name] / 1e9,
-                    kept_for_backward_MiB_per_image=kept / 2**20)  # fmt: skip
+                    kept_for_backward_MiB_per_image=kept / 2**20)
     batch = random_batch(images, size, device)
     sampling = report.time(
         {name: partial(sample_step, model, batch, dtypes[1]) for name, model in networks.items()}
@@ -328,10 +328,10 @@ def compare_networks(
     for name in trained:
         # Backward computes two products for every one of forward.
         report.add("training step", name, training[name], images, peak=peaks[dtypes[0]],
-                   flops=3 * flops[name] * images)  # fmt: skip
+                   flops=3 * flops[name] * images)
     for name in networks:
         report.add("sampling step", name, sampling[name], images, peak=peaks[dtypes[1]],
-                   flops=flops[name] * images)  # fmt: skip
+                   flops=flops[name] * images)
     return {name: statistics.median(values) / images for name, values in training.items()}
 
 
@@ -385,7 +385,7 @@ def compare_sizes(report: Report, config: Config) -> None:
         each = statistics.median(times[size]) / images
         report.add("training step", f"{size}x{size}", times[size], images,
                    GFLOP_per_image=round(flops[size] / 1e9, 2),
-                   microseconds_per_pixel=round(1e6 * each / size**2, 3))  # fmt: skip
+                   microseconds_per_pixel=round(1e6 * each / size**2, 3))
 
 
 def compare_processes(report: Report, config: Config) -> None:
@@ -394,7 +394,7 @@ def compare_processes(report: Report, config: Config) -> None:
     images, device = config.train.batch_size, report.device
     batch = random_batch(images, config.data.image_size, device)
     engines = {name: engine_for(build_model(config, device)[0], config, device, images)
-               for name in ("alone", "in a group of one")}  # fmt: skip
+               for name in ("alone", "in a group of one")}
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(
         backend, store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -417,7 +417,7 @@ def without_compiled(variants: dict, device: torch.device) -> dict:
     left_out = [name for name in variants if name in COMPILED and problem]
     if left_out:
         print(f"left out, since torch.compile does not work here ({problem}): "
-              + ", ".join(left_out), flush=True)  # fmt: skip
+              + ", ".join(left_out), flush=True)
     return {name: variant for name, variant in variants.items() if name not in left_out}
 
 
@@ -435,7 +435,7 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
     torch.cuda.reset_peak_memory_stats(device)  # compiling, and running out of memory, raised it
     report.add("training step", name, report.time({name: work})[name], images,
                flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
-               parts=engine.micro_batches)  # fmt: skip
+               parts=engine.micro_batches)
 
 
 def compare_on_cuda(report: Report, config: Config) -> None:
@@ -453,10 +453,10 @@ def compare_on_cuda(report: Report, config: Config) -> None:
         chain = SAMPLERS[sampler](
             scheduler, num_inference_steps=steps, guidance_scale=2.0,
             autocast_dtype=sampling_dtype(config, device),
-        )  # fmt: skip
+        )
         draw = partial(chain.sample, model, labels, (3, size, size), range(GRID_PICTURES))
         report.add("grid", f"{sampler}, {steps} steps, guided", [seconds(draw, device)],
-                   GRID_PICTURES)  # fmt: skip
+                   GRID_PICTURES)
 
 
 def compare_sampling(report: Report, config: Config) -> None:
@@ -472,7 +472,7 @@ def compare_sampling(report: Report, config: Config) -> None:
     torch.compiler.reset()
     times = report.time({name: partial(sample_step, network, batch, precision)
                          for name, (network, precision)
-                         in without_compiled(ways, device).items()})  # fmt: skip
+                         in without_compiled(ways, device).items()})
     for name, values in times.items():
         report.add("sampling step", name, values, images)
 
@@ -492,7 +492,7 @@ def parse_arguments():
     parser.add_argument("--sizes", action="store_true", help="also the cost by image size")
     parser.add_argument("--rounds", metavar="N", default="9", help="timed calls of each (9)")
     parser.add_argument("--json", metavar="FILE", default="benchmark.json",
-                        help="where the figures go (benchmark.json)")  # fmt: skip
+                        help="where the figures go (benchmark.json)")
     add_config_flags(parser, ("model", "data", "train", "sample"))
     return parser.parse_args()
 
@@ -514,7 +514,7 @@ def main() -> int:
         "training": precision_name(training_dtype(config, device)),
         "sampling": precision_name(sampling_dtype(config, device)),
         "batch": config.train.batch_size, "image_size": config.data.image_size,
-    }, device, rounds)  # fmt: skip
+    }, device, rounds)
     networks = {"ours": new_network("ours", config, device)}
     for name in PEERS if args.peer else ():
         try:

@@ -58,10 +58,10 @@ def own_gpu(name: str, processes: Processes) -> str:
     gpus = torch.cuda.device_count()
     if name != "cuda":
         raise ConfigError(f"several processes cannot share {name}; leave --device out, and choose "
-                          "GPUs with CUDA_VISIBLE_DEVICES")  # fmt: skip
+                          "GPUs with CUDA_VISIBLE_DEVICES")
     if processes.local_rank >= gpus:
         raise ConfigError(f"this machine has {gpus} GPUs for more processes than that; start fewer "
-                          "(make: GPUS=), or use --device cpu")  # fmt: skip
+                          "(make: GPUS=), or use --device cpu")
     return f"cuda:{processes.local_rank}"
 
 
@@ -129,7 +129,7 @@ def build_model(config: Config, device, num_classes: int = len(CLASS_NAMES)):
     model = UNet(
         scheduler.alphas_cumprod, prediction_type=scheduler.prediction_type,
         image_size=config.data.image_size, num_classes=num_classes, **vars(config.model),
-    )  # fmt: skip
+    )
     if switched_on(config.train.channels_last, device):
         model = model.to(memory_format=torch.channels_last)
     return model.to(device), scheduler.to(device)
@@ -145,4 +145,4 @@ def build_sampler(config: Config, scheduler, *, grid: bool = False):
         guidance_scale=sample.guidance_scale, guidance_interval=sample.guidance_interval,
         clip_x_start=sample.clip_x_start, **options,
         autocast_dtype=sampling_dtype(config, scheduler.alphas_cumprod.device),
-    )  # fmt: skip
+    )

@@ -34,13 +34,13 @@ SPLITS = ("train", "test")
 # What PIL and zipfile raise for damaged pictures; PIL's PNG reader also uses SyntaxError, and
 # zipfile RuntimeError for what is encrypted or compressed in an unknown way.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
-              lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
+              lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)
 # What undoes each orientation of EXIF 2.3, sec. 4.6.4.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 CIFAR_CLASSES = 10
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -102,7 +102,7 @@ def find_source(data_dir: str) -> Path | None:
             raise DataError(f"DATA_DIR {data_dir} does not exist; check the path")
         return path
     candidates = (*SEARCH_PATH, REPOSITORY_DATA / "cifar-10-python.tar.gz",
-                  REPOSITORY_DATA / "cifar-10-batches-py")  # fmt: skip
+                  REPOSITORY_DATA / "cifar-10-batches-py")
     return next((path for path in candidates if holds_something(path)), None)
 
 
@@ -126,7 +126,7 @@ def published_archive(path: Path) -> Path | None:
     """
     inside = (path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py")
     archive = next((place for place in (path, *inside)
-                    if place.exists() and is_cifar_archive(place)), None)  # fmt: skip
+                    if place.exists() and is_cifar_archive(place)), None)
     if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
         raise DataError(
             f"{archive} holds the {CIFAR_CLASSES} classes of CIFAR-10, but CLASS_NAMES in "
@@ -197,7 +197,7 @@ def list_pictures(source: Path) -> list[Picture]:
 
 def refuse_folder(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read ({error.strerror}); change its permissions, "
-                    "or move it away")  # fmt: skip
+                    "or move it away")
 
 
 def picture_file(path: Path, place: tuple[str, int]) -> Picture:
@@ -242,7 +242,7 @@ def locate(path: Path) -> tuple[str, int] | None:
         return None
     label = LABELS[folders.pop(named[-1])]  # a class may have the name of a split
     splits = ["test" if folder in TEST_NAMES else folder
-              for folder in folders if folder in (*SPLITS, *TEST_NAMES)]  # fmt: skip
+              for folder in folders if folder in (*SPLITS, *TEST_NAMES)]
     return splits[-1] if splits else "", label
 
 

@@ -145,13 +145,13 @@ def train_classifier(train: Split, recipe: Recipe, device) -> Classifier:
         optimizer = torch.optim.SGD(
             [p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate,
             momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
-        )  # fmt: skip
+        )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, recipe.learning_rate, total_steps=max(10, steps), pct_start=0.2,
             anneal_strategy="linear", cycle_momentum=False, div_factor=5, final_div_factor=20,
-        )  # fmt: skip
+        )
         order = torch.cat([torch.randperm(len(images))[: len(images) // batch_size * batch_size]
-                           for _ in range(recipe.epochs)])  # fmt: skip
+                           for _ in range(recipe.epochs)])
         for index in progress(order.to(device).split(batch_size), steps, "training classifier"):
             logits = model(augmented(images[index], recipe.shift))
             loss = F.cross_entropy(
@@ -204,7 +204,7 @@ def cached(path: Path, make: Callable[[], dict]) -> dict:
 def cached_classifier(
     splits: dict[str, Split], image_size: int, device, *, recipe: Recipe = Recipe(),
     folder: Path = FOLDER,
-) -> Judge:  # fmt: skip
+) -> Judge:
     """The classifier for this data, trained unless it is in the folder already.
 
     Its file's name depends on the data's content and on the recipe. What it makes of the data at
@@ -225,7 +225,7 @@ def cached_classifier(
         say(f"classifier: looking at the data at {image_size}x{image_size}, once")
         held_out, found = look_at(model, test.images, image_size)
         return {"accuracy": (found == test.labels).float().mean().item(), "held_out": held_out,
-                "train": look_at(model, train.images, image_size)[0]}  # fmt: skip
+                "train": look_at(model, train.images, image_size)[0]}
 
     weights = cached(folder / f"{name}.pt", trained)
     with torch.device("meta"):  # its weights come from the file

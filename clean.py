@@ -22,9 +22,9 @@ from training_monitor import RUN_DIRECTORIES, RunInUse, read_json, refuse_second
 RUNS = ("checkpoints*", "generated_images")
 OURS = re.compile(r"checkpoints(_overfit|_demo)?(_\d+)?")  # as runs and those moved aside are named
 CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pytest_cache",
-          "**/__pycache__")  # fmt: skip
+          "**/__pycache__")
 SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py",
-           "doctor.py")  # fmt: skip
+           "doctor.py")
 GRACE_SECONDS = 10  # between asking a process to end and ending it
 CUDA_CACHES = (Path.home() / ".nv" / "ComputeCache", Path.home() / ".triton" / "cache")
 
@@ -39,7 +39,7 @@ def existing(patterns: tuple[str, ...]) -> list[Path]:
     found = sorted({
         path for pattern in patterns for path in Path().glob(pattern)
         if not pattern.startswith("checkpoints") or OURS.fullmatch(path.name)
-    })  # fmt: skip
+    })
     return [path for path in found if not any(parent in found for parent in path.parents)]
 
 
@@ -81,7 +81,7 @@ def is_leftover(pid: int) -> bool:
         return False
     ours = folder == Path.cwd() and any(Path(word).name in SCRIPTS for word in words)
     live = [read_json(folder / "run.json").get("pid")
-            for folder in RUN_DIRECTORIES.values() if is_alive(folder)]  # fmt: skip
+            for folder in RUN_DIRECTORIES.values() if is_alive(folder)]
     return ours and is_orphan(status) and pid not in live
 
 
@@ -112,7 +112,7 @@ def clean_cuda(*, ask: bool) -> int:
     pids = {int(pid) for pid, _, _ in processes}
     for pid in sorted(filter(is_leftover, pids)):
         print(f"process {pid} is a script of this repository whose parent has ended: a leftover, "
-              "unless you put it into the background")  # fmt: skip
+              "unless you put it into the background")
         if not ask or (sys.stdin.isatty() and confirmed("end it?")):
             end(pid)
             print(f"ended process {pid}")
@@ -121,7 +121,7 @@ def clean_cuda(*, ask: bool) -> int:
     print("memory held by other processes is theirs: it comes back when they end")
     # Inductor's default place, whose name ends in some form of the user's.
     inductor = [path for path in Path(tempfile.gettempdir()).glob("torchinductor_*")
-                if path.stat().st_uid == os.getuid()]  # fmt: skip
+                if path.stat().st_uid == os.getuid()]
     return remove([path for path in (*CUDA_CACHES, *inductor) if path.exists()], ask=False)
 
 
@@ -138,7 +138,7 @@ def main() -> int:
     paths = existing(patterns)
     full_run = any(path.name.startswith("checkpoints") and any(path.rglob("*.pt"))
                    and not path.name.startswith(("checkpoints_overfit", "checkpoints_demo"))
-                   for path in paths)  # fmt: skip
+                   for path in paths)
     return remove(paths, ask=full_run and not args.yes)
 
 

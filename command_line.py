@@ -85,7 +85,7 @@ def add_config_flags(
             group.add_argument(
                 *short, f"--{name}", dest=name, metavar=kind.upper(), default=argparse.SUPPRESS,
                 help=f"{field.metadata['help']} ({defaults or f'full run: {default}'})",
-            )  # fmt: skip
+            )
 
 
 def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +152,7 @@ def join_processes():
 
     if processes.LAUNCHED_BY not in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         print(f"waiting for {os.environ['WORLD_SIZE']} processes, which WORLD_SIZE in the "
-              "environment speaks of", flush=True)  # fmt: skip
+              "environment speaks of", flush=True)
     joined = processes.join()
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
         sys.exit(mistake("launch.py ended while this process was starting"))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 CLASS_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+)
 
 
 LARGEST_SEED = 2**63 - 1
@@ -23,7 +23,7 @@ SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 AUTO_BATCH = 0  # what "auto" means as a batch size
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
          tuple[int, ...]: "whole numbers separated by commas",
-         tuple[float, ...]: "numbers separated by commas"}  # fmt: skip
+         tuple[float, ...]: "numbers separated by commas"}
 
 
 class ConfigError(ValueError):
@@ -86,7 +86,7 @@ class Section:
                 require(limit is None or one <= limit, f"{name} must be at most {limit}, not {one}")
                 for key, word, keeps in (("least", "at least", operator.ge),
                                          ("above", "above", operator.gt),
-                                         ("most", "at most", operator.le)):  # fmt: skip
+                                         ("most", "at most", operator.le)):
                     bound = bounds[key]
                     good = bound is None or keeps(one, bound)
                     require(good, f"{name} must be {word} {bound}, not {one}")
@@ -98,11 +98,11 @@ class ModelConfig(Section):
     channel_mult: tuple[int, ...] = option(
         (1, 2, 4), "channels of each level, in base_channels; each level halves the feature map",
         least=1,
-    )  # fmt: skip
+    )
     num_res_blocks: tuple[int, ...] = option(
         (2, 3, 3), "residual blocks of each level, on the way down and again on the way up",
         least=1,
-    )  # fmt: skip
+    )
     attention_sizes: tuple[int, ...] = option(
         (16, 8), "feature map sizes, in positions a side, that get self-attention"
     )
@@ -112,7 +112,7 @@ class ModelConfig(Section):
     largest_unit: float = option(
         8.0, "the network adds to a linear guess in units of what that leaves open at each "
         "frequency, at most this; larger ones learn faster, but memorise more slowly", above=0
-    )  # fmt: skip
+    )
     time_embed_dim: int = option(128, "width of the time embedding", least=2)
     class_embed_dim: int = option(128, "width of the class embedding", least=1)
     dropout: float = option(0.0, "dropout probability in residual blocks", least=0)
@@ -134,11 +134,11 @@ class DiffusionConfig(Section):
     prediction_type: str = option(
         "v_prediction", "epsilon, sample or v_prediction",
         one_of=("epsilon", "sample", "v_prediction"),
-    )  # fmt: skip
+    )
     reference_size: int = option(
         32, "image size in pixels for which the plain cosine schedule is right; the data are "
         "enlarged 32-pixel pictures, so larger images get proportionally more noise", least=1
-    )  # fmt: skip
+    )
     min_snr_gamma: float = option(
         5.0, "min-SNR loss weighting; 0 weighs all timesteps alike", least=0
     )
@@ -181,31 +181,31 @@ class TrainConfig(Section):
     class_dropout_prob: float = option(
         0.1, "probability of training on the null label, which guidance needs; 0: no guidance",
         least=0, most=1,
-    )  # fmt: skip
+    )
     ema_halflife_images: int = option(
         500_000, "half-life of the weight average, in images", least=1
     )
     ema_rampup_ratio: float = option(
         0.1, "the half-life is at most this share of the images seen, so short runs average too",
         above=0,
-    )  # fmt: skip
+    )
     seed: int = option(0, "seed of weights, data order and noise", least=0, most=LARGEST_SEED)
     device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     precision: str = option(
         "auto", "auto (on CUDA bf16, or fp16 with loss scaling, if the GPU is fast at it), fp32 "
         "(TF32 stays off), bf16, fp16", one_of=PRECISIONS
-    )  # fmt: skip
+    )
     channels_last: str = option(
         "auto", "memory layout of the network: auto (on CUDA), true, false", one_of=SWITCH
     )
     compile: str = option(
         "auto", "torch.compile of the training step: auto (on CUDA), true, false; the first step "
         "then takes minutes", one_of=SWITCH
-    )  # fmt: skip
+    )
     deterministic: bool = option(
         False, "the same weights bit for bit from the same seed on CUDA too, as always on a CPU; "
         "slower"
-    )  # fmt: skip
+    )
     log_every: int = option(20, "steps between lines in metrics.jsonl", least=1)
     # A fast GPU takes 2000 steps in half a minute; slower runs are saved every save_minutes.
     validate_every: int = option(
@@ -216,13 +216,13 @@ class TrainConfig(Section):
     save_every: int = option(
         2000, "steps between checkpoints; always at the end; one of a validated step can be "
         "best.pt", least=1
-    )  # fmt: skip
+    )
     save_minutes: float = option(10.0, "longest time between two checkpoints, in minutes", least=0)
     keep_checkpoints: int = option(3, "newest checkpoints kept; older ones but best.pt go", least=1)
     max_skipped_steps: int = option(
         5, "consecutive batches without a finite gradient that are skipped before the run stops",
         least=0,
-    )  # fmt: skip
+    )
     max_hours: float = option(0.0, "stop and save after this many hours; 0: no limit", least=0)
 
 
@@ -244,7 +244,7 @@ class SampleConfig(Section):
     guidance_interval: tuple[float, ...] = option(
         (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end",
         least=0, most=1,
-    )  # fmt: skip
+    )
     precision: str = option(
         "auto", "auto (bf16 where the GPU has it), fp32, bf16 or fp16", one_of=PRECISIONS
     )
@@ -252,7 +252,7 @@ class SampleConfig(Section):
     batch_size: int = option(
         100, "pictures denoised together in the grids drawn during training; elsewhere what fits",
         least=1,
-    )  # fmt: skip
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -339,7 +339,7 @@ def overfit() -> Config:
             sample_every=100, save_every=200, compile="false",  # it would take longer than the run
         ),
         sample=SampleConfig(num_inference_steps=25, grid_steps=20, guidance_scale=1.0),
-    )  # fmt: skip
+    )
 
 
 def quick_test() -> Config:
@@ -352,7 +352,7 @@ def quick_test() -> Config:
         train=replace(config.train, epochs=2, warmup_steps=2, log_every=1, validate_every=5,
                       validation_images=10),
         sample=replace(config.sample, num_inference_steps=10, grid_steps=10),
-    )  # fmt: skip
+    )
 
 
 def demo() -> Config:
@@ -370,7 +370,7 @@ def demo() -> Config:
             sample_every=600, save_every=600, compile="false",
         ),
         sample=SampleConfig(num_inference_steps=25, grid_steps=25, guidance_scale=1.0),
-    )  # fmt: skip
+    )
 
 
 PRESETS = {"full": full, "overfit": overfit, "quick-test": quick_test, "demo": demo}
@@ -387,7 +387,7 @@ def flatten(plain: dict) -> dict[str, object]:
         f"{section}.{key}": value
         for section, settings in plain.items() if isinstance(settings, dict)
         for key, value in settings.items()
-    }  # fmt: skip
+    }
 
 
 # Settings of runs from before these could be chosen.

@@ -165,7 +165,7 @@ class TrainingBatches:
     """
 
     def __init__(self, split: Split, data: DataConfig, batch_size: int, seed: int, device,
-                 share: Callable[[int], slice] = slice):  # fmt: skip
+                 share: Callable[[int], slice] = slice):
         self.share = share
         self.device, self.seed, self.data = torch.device(device), seed, data
         self.images, self.labels = split.images, split.labels

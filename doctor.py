@@ -19,7 +19,7 @@ from gpu_status import diagnose, first_line, gather_facts
 
 # And what to import of each; first those that others import.
 PACKAGES = {"numpy": "numpy", "pillow": "PIL.Image", "torch": "torch", "torchvision": "torchvision",
-            "matplotlib": "matplotlib", "tqdm": "tqdm"}  # fmt: skip
+            "matplotlib": "matplotlib", "tqdm": "tqdm"}
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 11)
 TRIAL_IMAGES = 2
@@ -55,7 +55,7 @@ def check_packages() -> Finding:
         except Exception as error:  # whatever a half installed package may raise
             reason = first_line(error) or type(error).__name__
             return Finding(False, f"{name} cannot be imported ({reason})",
-                           "`rm -rf .venv; make install`")  # fmt: skip
+                           "`rm -rf .venv; make install`")
     found = f"Python {python}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
     if tuple(map(int, versions["torch"].split(".")[:2])) < OLDEST_TORCH:
         return Finding(False, found, "torch 2.11 or later is needed: `rm -rf .venv; make install`")
@@ -95,7 +95,7 @@ def check_writing() -> Finding:
             pass
     except OSError as error:
         return Finding(False, f"this folder cannot be written to ({error.strerror})",
-                       "clone the repository to a place that is yours")  # fmt: skip
+                       "clone the repository to a place that is yours")
     return Finding(True, f"results can be written to {Path.cwd()}")
 
 
@@ -108,7 +108,7 @@ def check_data(config: Config) -> Finding:
         source = find_source(config.data.data_dir)
         if source is None:
             return Finding(True, "no pictures found", "`make train` will download CIFAR-10 "
-                           "(170 MB), `make train DATA_DIR=...` uses your own")  # fmt: skip
+                           "(170 MB), `make train DATA_DIR=...` uses your own")
         archive, pictures, folder = contents(source, config.data)
         if not archive:
             assign_splits(pictures, source)
@@ -117,7 +117,7 @@ def check_data(config: Config) -> Finding:
     prepared = (folder / "info.json").exists()
     count = "the published archive" if archive else f"{len(pictures)} pictures"
     return Finding(True, f"{source}: {count}, fingerprint {folder.name}, "
-                   f"{'prepared' if prepared else 'to be prepared by the first run'}")  # fmt: skip
+                   f"{'prepared' if prepared else 'to be prepared by the first run'}")
 
 
 def check_step(config: Config) -> Finding:
@@ -145,7 +145,7 @@ def check_step(config: Config) -> Finding:
         engine = TrainingEngine(
             model, scheduler, total_steps=2, learning_rate=1e-4, autocast_dtype=dtype,
             optimizer=config.train.optimizer, max_skipped_steps=2,
-        )  # fmt: skip
+        )
         size = config.data.image_size
         batch = torch.rand(TRIAL_IMAGES, 3, size, size, device=device) * 2 - 1
         labels = torch.zeros(TRIAL_IMAGES, dtype=torch.long, device=device)
@@ -162,17 +162,17 @@ def check_step(config: Config) -> Finding:
         reason = first_line(error) or type(error).__name__
         return Finding(False, f"a training step failed: {reason}",
                        "see the GPU line above; --device cpu works anywhere"
-                       if device.type == "cuda" else "choose smaller settings")  # fmt: skip
+                       if device.type == "cuda" else "choose smaller settings")
     if loss is None or not math.isfinite(picture.sum().item()):
         return Finding(False, f"numbers are not finite in {precision_name(dtype)}",
-                       "--train.precision fp32")  # fmt: skip
+                       "--train.precision fp32")
     text = (f"on {device} in {precision_name(dtype)}: a step of {TRIAL_IMAGES} images took "
             f"{seconds:.2g} s, a picture could be drawn, {peak_memory_gib(device):.1f} GiB at most")
     problem = missing_compiler(device) if switched_on(config.train.compile, device) else ""
     if problem:
         return Finding(True, f"{text}; torch.compile does not work ({problem})",
                        "training goes on without it, only slower; it needs a C compiler and "
-                       "Python's headers")  # fmt: skip
+                       "Python's headers")
     return Finding(True, text)
 
 
@@ -195,7 +195,7 @@ def show(what: str, finding: Finding) -> None:
     first, *others = text.splitlines()  # commands to copy stand on lines of their own
     print(textwrap.fill(f"{word:<6}{what:<11}{first}", WIDTH, subsequent_indent=indent,
                         break_on_hyphens=False, break_long_words=False),
-          *(indent + line.strip() for line in others), sep="\n", flush=True)  # fmt: skip
+          *(indent + line.strip() for line in others), sep="\n", flush=True)
 
 
 def main() -> int:

@@ -74,7 +74,7 @@ class Drawing:
 
     def __init__(self, name: str | None = None, overrides: dict | None = None, *,
                  raw: bool = False, quick: bool = False,
-                 processes: Processes | None = None):  # fmt: skip
+                 processes: Processes | None = None):
         processes, overrides = processes or Processes(), dict(overrides or {})
         if overrides.get("sample.batch_size") == "auto":
             del overrides["sample.batch_size"]
@@ -126,7 +126,7 @@ class Drawing:
             "clip_x_start": sample.clip_x_start, "image_size": self.size,
             "precision": precision_name(self.sampler.autocast_dtype),
             "device": self.device.type, "torch": str(torch.__version__),
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         facts = self.facts()
@@ -143,9 +143,9 @@ class Drawing:
     def draw_parts(
         self, labels: Tensor, seeds: Sequence[int],
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> Iterator[Tensor]:  # fmt: skip
+    ) -> Iterator[Tensor]:
         """The same, batch by batch, so that memory need not hold all."""
         return self.sampler.sample_parts(
             self.model, labels.to(self.device), (3, self.size, self.size), seeds,
             batch_size=self.batch_size, callback=callback,
-        )  # fmt: skip
+        )

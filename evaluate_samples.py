@@ -33,7 +33,7 @@ from training_monitor import append_record, labelled_grid, progress, save_image,
 USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory)
 PER_CLASS = {"cuda": 1000, "cpu": 50}  # pictures drawn unless --samples says otherwise
 INCEPTION_TITLES = {"fid": "FID", "kid_mean": "KID", "precision": "precision",
-                    "recall": "recall", "inception_score_mean": "Inception Score"}  # fmt: skip
+                    "recall": "recall", "inception_score_mean": "Inception Score"}
 REFERENCE_SETTINGS = ("data.data_dir", "data.dataset", "data.skip_unreadable")
 INCEPTION_CACHE = Path("data/inception")
 GRID_ROWS = 4  # of the samples shown; they are the first ones, not chosen
@@ -41,7 +41,7 @@ GRID_ROWS = 4  # of the samples shown; they are the first ones, not chosen
 
 def parse_arguments():
     parser = cli.Parser(description=__doc__.split("\n\n")[0] + " Sampler and steps are those of "
-                        "the grids drawn during training unless others are given.")  # fmt: skip
+                        "the grids drawn during training unless others are given.")
     parser.add_argument("--pictures", metavar="DIR",
                         help="score these pictures, named CLASS_*.png or in folders by class")
     parser.add_argument("--samples", metavar="N", help="pictures per class "
@@ -67,7 +67,7 @@ def read_folder(folder: Path) -> Pictures:
         raise DataError(f"--pictures {folder} is no folder; name one that holds pictures")
     found = [(path, class_of(path.relative_to(folder))) for path in sorted(folder.rglob("*"))
              if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-             and (path.parent == folder or locate(path.relative_to(folder)))]  # fmt: skip
+             and (path.parent == folder or locate(path.relative_to(folder)))]
     labelled = [(path, label) for path, label in found if label is not None]
     found = labelled or found
     if not found:
@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> Pictures:
         side = images[0].shape[-1]
         if images[-1].shape != (3, side, side):
             raise DataError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, not {side}x{side}; "
-                            "pictures must be squares of one size")  # fmt: skip
+                            "pictures must be squares of one size")
     labels = torch.tensor([label for _, label in labelled]) if labelled else None
     return Pictures(torch.stack(images), labels)
 
@@ -133,12 +133,12 @@ def report_lines(record: dict) -> list[str]:
     if "agreement" in record:
         worst = sorted(record["agreement_by_class"].items(), key=lambda item: item[1])[:3]
         lines.append(f"class agreement    {percent('agreement')}, lowest " + ", ".join(
-            f"{name} {100 * share:.0f} %" for name, share in worst))  # fmt: skip
+            f"{name} {100 * share:.0f} %" for name, share in worst))
     if "frechet_distance" in record:
         ours, real = record["frechet_distance"], record["frechet_distance_floor"]
         as_many = at_n_floor(record, "frechet_distance")
         lines.append(f"Frechet distance   {ours:.4g} in the classifier's features ({as_many}"
-                     f"held-out pictures {real:.4g})")  # fmt: skip
+                     f"held-out pictures {real:.4g})")
     lines.append(
         f"near copies        {percent('near_copies_features')} by features "
         f"(held-out {percent('near_copies_features_floor')}), {percent('near_copies_pixels')} by "
@@ -151,10 +151,10 @@ def report_lines(record: dict) -> list[str]:
         if key in record["inception"]:
             ours, real = record["inception"][key], record["inception"]["floor"][key]
             lines.append(f"{title:<18} {ours:.4g} ({at_n_floor(record['inception'], key)}"
-                         f"held-out pictures {real:.4g})")  # fmt: skip
+                         f"held-out pictures {real:.4g})")
     if "missing" in record["inception"]:
         lines.append("no FID, KID, precision, recall, Inception Score: "
-                     f"{record['inception']['missing']}")  # fmt: skip
+                     f"{record['inception']['missing']}")
     lines.append(
         f"n {record['n']} (held-out {record['n_floor']}); reference: {reference['train']} pictures "
         f"at {reference['image_size']}x{reference['image_size']}; the classifier is right on "
@@ -183,7 +183,7 @@ class Report:
         self.splits = load_splits(reference, seed=config.train.seed, progress=progress, say=say)
         if not len(self.splits["test"]):
             raise DataError("scores need held-out pictures, of which this data has none; use more "
-                            "pictures, or put some below test/")  # fmt: skip
+                            "pictures, or put some below test/")
         self.evaluator = Evaluator(self.splits, image_size, self.device)
         self.records: list[dict] = []
         self.no_inception = "left out by --no-inception" if args.no_inception else ""  # why not
@@ -196,7 +196,7 @@ class Report:
             return inception_scores(
                 pictures.images, self.splits["train"], self.splits["test"], cache=INCEPTION_CACHE,
                 weights=self.args.inception_weights, device=self.device,
-            )  # fmt: skip
+            )
         except TooFewPictures as error:
             return {"missing": str(error)}
         except InceptionUnavailable as error:
@@ -221,10 +221,10 @@ def score_folder(args, overrides: dict) -> Path:
     folder = Path(os.path.expanduser(args.pictures))
     drawing = {"CHECKPOINT": args.checkpoint, "--samples": args.samples, "--sweep": args.sweep,
                "--raw": args.raw, **{f"--{name}": value for name, value in overrides.items()
-                                     if name.startswith("sample.")}}  # fmt: skip
+                                     if name.startswith("sample.")}}
     if given := [name for name, value in drawing.items() if value]:
         raise ConfigError(f"{', '.join(given)} would draw pictures, for which there is no need "
-                          "with --pictures; leave it out")  # fmt: skip
+                          "with --pictures; leave it out")
     if cli.join_processes().several:
         raise ConfigError("scoring a folder takes one process; leave --gpus (make: GPUS=) out")
     pictures = read_folder(folder)
@@ -246,7 +246,7 @@ def score_checkpoint(args, overrides: dict) -> Path:
     config = drawing.config
     if config.data.dataset == "pictograms" and "data.data_dir" in overrides:
         say("the pictures of DATA_DIR are not used: this run learned the built-in pictograms; "
-            "--dataset cifar10 scores against them nevertheless")  # fmt: skip
+            "--dataset cifar10 scores against them nevertheless")
     per_class = cli.parse_whole("--samples", args.samples or str(PER_CLASS[drawing.device.type]))
     seed = cli.parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]

@@ -53,7 +53,7 @@ def pixel_neighbours(images: Tensor, references: Tensor, device) -> Neighbours:
         for part in (images, references)
     )
     both = [nearest(side.flatten(1), references.flatten(1), NEIGHBOURS)
-            for side in (rows, rows.flip(-1))]  # fmt: skip
+            for side in (rows, rows.flip(-1))]
     distances = torch.cat([side.distances for side in both], dim=1)
     best = distances.topk(both[0].distances.shape[1], largest=False)
     index = torch.cat([side.index for side in both], dim=1).gather(1, best.indices)
@@ -81,7 +81,7 @@ class Evaluator:
             "classifier_accuracy": self.judge.accuracy,
             "classifier_input": f"{INPUT_SIZE}x{INPUT_SIZE}, bicubic, antialiased, from "
             f"{self.image_size}x{self.image_size}",
-        }  # fmt: skip
+        }
 
     def scores(self, pictures: Pictures) -> Scores:
         """Class agreement, Frechet distance, near copies and colours of N pictures."""
@@ -112,7 +112,7 @@ class Evaluator:
         real_by_features = nearest(real_features.to(self.device), self.judge.train, NEIGHBOURS)
         real_by_pixels = pixel_neighbours(real_images, self.train.images, self.device)
         for name, ours, real in (("features", by_features, real_by_features),
-                                 ("pixels", by_pixels, real_by_pixels)):  # fmt: skip
+                                 ("pixels", by_pixels, real_by_pixels)):
             report[f"near_copies_{name}"] = near_copies(ours).float().mean().item()
             report[f"near_copies_{name}_floor"] = near_copies(real).float().mean().item()
         report["colour"] = colour_statistics(images)

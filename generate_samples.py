@@ -58,7 +58,7 @@ def parse_seeds(first: str, samples: str) -> list[int]:
     seed = cli.parse_seed(first, rows)
     if rows > MOST_SAMPLES:
         raise ConfigError(f"--samples must be at most {MOST_SAMPLES}, not {rows}; draw the next "
-                          f"ones in another call, with --seed {seed + MOST_SAMPLES}")  # fmt: skip
+                          f"ones in another call, with --seed {seed + MOST_SAMPLES}")
     return list(range(seed, seed + rows))
 
 
@@ -68,7 +68,7 @@ def set_aside(output: Path, class_names: tuple[str, ...]) -> None:
     Other files stay where they are.
     """
     ours = ["samples.json", "grid.png", "trajectory.png", "trajectory.gif",
-            *(f"{name}_[0-9]*.png" for name in class_names)]  # fmt: skip
+            *(f"{name}_[0-9]*.png" for name in class_names)]
     if earlier := {path for pattern in ours for path in output.glob(pattern)}:
         folder = next(f for n in count(1) if not (f := output / f"earlier_{n}").exists())
         folder.mkdir()
@@ -91,7 +91,7 @@ class Album:
     """
 
     def __init__(self, output: Path, names: list[str], seeds: list[int], timesteps: list[int],
-                 facts: dict, processes: Processes, *, single: bool, trajectory: bool):  # fmt: skip
+                 facts: dict, processes: Processes, *, single: bool, trajectory: bool):
         self.processes = processes
         self.share = self.processes.share(len(seeds))
         self.all_seeds, seeds = seeds, seeds[self.share]
@@ -109,7 +109,7 @@ class Album:
             total=len(self.pictures), disable=None if self.processes.leads else True,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} pictures [{elapsed}<{remaining}]",
-        )  # fmt: skip
+        )
 
     def on_step(self, done: int, x_t: Tensor, x_start: Tensor) -> None:
         """The sampler's callback: steps done in this batch, its state and prediction."""
@@ -161,7 +161,7 @@ class Album:
             labelled_grid(images, self.names, f"step {done} of {steps}",
                           row_names=["x_t", "x_start"])
             for done, images in states.items()
-        ]  # fmt: skip
+        ]
         save_animation(frames, self.output / "trajectory.gif", json.dumps(facts))
 
         columns = evenly(list(states), COLUMNS)
@@ -193,7 +193,7 @@ def main() -> int:
     album = Album(
         output, names, seeds, drawing.sampler.timesteps, drawing.facts(), processes,
         single=not args.grid_only, trajectory=args.trajectory,
-    )  # fmt: skip
+    )
     if album.seeds:  # there may be fewer than processes
         labels = torch.tensor(classes).repeat(len(album.seeds))
         seeds = [seed for seed in album.seeds for _ in names]

@@ -144,7 +144,7 @@ def torch_facts() -> dict:
             facts["devices"] = tuple(
                 f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.1f} "
                 f"GiB, bf16 {'yes' if gpu.major >= 8 else 'no'}" for gpu in found
-            )  # fmt: skip
+            )
             torch.ones(1, device="cuda:0").item()
         except (RuntimeError, AssertionError) as error:
             facts["problem"] = first_line(error)
@@ -158,7 +158,7 @@ def gather_facts() -> Facts:
     cuda = re.search(r"CUDA (?:UMD )?Version: *([\d.]+)", header)
     return Facts(query_gpus(), driver[1] if driver else "", cuda[1] if cuda else "",
                  os.environ.get("CUDA_VISIBLE_DEVICES"), processes=query_processes(),
-                 **torch_facts())  # fmt: skip
+                 **torch_facts())
 
 
 def replace_torch(cuda: str) -> str:
@@ -166,30 +166,30 @@ def replace_torch(cuda: str) -> str:
     wheel = "cu126" if cuda and float(cuda) < 13 else "cu130"
     pip = f"{sys.executable} -m pip"
     return (f"replace torch:\n  {pip} uninstall -y torch torchvision\n  {pip} install torch "
-            f"torchvision --index-url https://download.pytorch.org/whl/{wheel}")  # fmt: skip
+            f"torchvision --index-url https://download.pytorch.org/whl/{wheel}")
 
 
 def diagnose(facts: Facts) -> tuple[bool, str]:
     """Whether all is well, and a sentence with the cure where it is not."""
     if not facts.torch_version:
         return False, (f"torch cannot be loaded ({facts.problem}). Cure: `rm -rf .venv; make "
-                       "install`.")  # fmt: skip
+                       "install`.")
     if not facts.problem:
         return True, "Training will use the GPU, cuda:0."
     if "no kernel image" in facts.problem:
         # Builds for CUDA 13 have left out the old GPUs, those for CUDA 12 lack the newest.
         other = "12" if (facts.torch_cuda or "").startswith("13") else "13"
         return False, ("This torch has no kernels for cuda:0. Cure: choose another GPU with "
-                       f"CUDA_VISIBLE_DEVICES, or else {replace_torch(other)}")  # fmt: skip
+                       f"CUDA_VISIBLE_DEVICES, or else {replace_torch(other)}")
     if NOT_INSTALLED in facts.gpus or "No devices were found" in facts.gpus:
         return True, ("Training works on the CPU, only smaller and slower; to use an NVIDIA GPU "
-                      "install its driver.")  # fmt: skip
+                      "install its driver.")
     if isinstance(facts.gpus, str):
         return False, ("The NVIDIA driver does not work. Cure: restart the machine (needed after a "
-                       "driver update) or reinstall the driver.")  # fmt: skip
+                       "driver update) or reinstall the driver.")
     if facts.torch_cuda is None:
         return False, ("nvidia-smi sees a GPU, but this torch is a build for the CPU only. Cure: "
-                       + replace_torch(facts.driver_cuda))  # fmt: skip
+                       + replace_torch(facts.driver_cuda))
     if facts.visible is not None and "No CUDA GPUs" in facts.problem:
         return False, "CUDA_VISIBLE_DEVICES hides every GPU. Cure: `unset CUDA_VISIBLE_DEVICES`."
     if facts.driver_cuda and int(float(facts.driver_cuda)) < int(float(facts.torch_cuda)):
@@ -197,10 +197,10 @@ def diagnose(facts: Facts) -> tuple[bool, str]:
         if float(facts.driver_cuda) >= OLDEST_WHEEL:
             cure += f", or else {replace_torch(facts.driver_cuda)}"
         return False, (f"The driver serves CUDA up to {facts.driver_cuda}, but torch is built for "
-                       f"CUDA {facts.torch_cuda}. Cure: {cure}")  # fmt: skip
+                       f"CUDA {facts.torch_cuda}. Cure: {cure}")
     return False, (f"Driver and torch fit, but CUDA does not work ({facts.problem}). Cure: stop "
                    "what else uses the GPU, restart the machine, or start its container with "
-                   "`--gpus all`.")  # fmt: skip
+                   "`--gpus all`.")
 
 
 def format_facts(facts: Facts) -> str:

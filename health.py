@@ -43,7 +43,7 @@ def loss_findings(train: Sequence[dict]) -> list[str]:
             "there, continue from an earlier checkpoint with a lower train.learning_rate"
         )
     start, now = (statistics.fmean(record["loss"] for record in part)
-                  for part in (train[:FIRST], train[-RECENT:]))  # fmt: skip
+                  for part in (train[:FIRST], train[-RECENT:]))
     if now > STUCK * start and records_at_full_rate(train) == JUDGED:
         found.append(
             f"loss {now:.4g} is still where it began ({start:.4g}): nothing is learned; look at "
@@ -66,10 +66,10 @@ def quarter_words(train: Sequence[dict]) -> list[str]:
             words.append("too early")
             continue
         stretches = [statistics.fmean(losses[i : i + RECENT])
-                     for i in range(0, len(losses) - RECENT + 1, RECENT)]  # fmt: skip
+                     for i in range(0, len(losses) - RECENT + 1, RECENT)]
         now, start = statistics.fmean(losses[-RECENT:]), statistics.fmean(losses[:FIRST])
         words.append("diverging" if now > SPIKE * min(stretches)
-                     else "stuck" if now > STUCK * start else "normal")  # fmt: skip
+                     else "stuck" if now > STUCK * start else "normal")
     return words
 
 

@@ -49,7 +49,7 @@ class TooFewPictures(Exception):
 def inception_scores(
     pictures: Tensor, reference: Split, held_out: Split, *, cache: Path,
     weights: str | Path | None = None, device="cpu", batch_size: int = 64,
-) -> dict:  # fmt: skip
+) -> dict:
     """Scores of pictures uint8 (N, 3, S, S), JSON-able, beside those of n_floor held-out images.
 
     reference and held_out are enlarged to S, batch by batch, as the model sees them. weights is a
@@ -76,13 +76,13 @@ def inception_scores(
         "extractor": EXTRACTOR, "torch_fidelity": torch_fidelity.__version__,
         "weights_sha256": weights_sha256, "published_weights": weights_sha256 == PUBLISHED_SHA256,
         "resize": f"bilinear as in TensorFlow 1, {image_size} to {network.INPUT_IMAGE_SIZE} pixels",
-    }  # fmt: skip
+    }
     key = digest(CACHE_VERSION, FEATURES, facts, reference.fingerprint())
     floor_key = digest(key, held_out.fingerprint())
     cache.mkdir(parents=True, exist_ok=True)
     known = cached_reference(cache / f"reference-{key}.npz", reference, extract)
     floor = cached_floor(cache / f"floor-{floor_key}-{n_floor}.json", held_out, n_floor, known,
-                         extract, device)  # fmt: skip
+                         extract, device)
 
     features, logits = extract(pictures, "features of the pictures")
     scores = compare(features, logits, known, device)
@@ -92,7 +92,7 @@ def inception_scores(
     return {
         **scores, "fid_at_n_floor": fid_at_n_floor, "n_floor": n_floor, "floor": floor,
         "n_reference": len(reference), "image_size": image_size, "seed": SEED, **facts,
-    }  # fmt: skip
+    }
 
 
 def load_inception(weights: str | Path | None, device) -> tuple[torch.nn.Module, str]:
@@ -147,7 +147,7 @@ def published_weights(url: str) -> Path:
 @torch.no_grad()
 def extract_features(
     network: torch.nn.Module, image_size: int, batch_size: int, images: Tensor, what: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Features (N, 2048) and logits (N, 1008), float32 on the CPU, of uint8 images (N, 3, S, S)."""
     device = next(network.parameters()).device
 
@@ -220,12 +220,12 @@ def compare(features: Tensor, logits: Tensor, known: Reference, device) -> dict:
     kid = kid_features_to_metric(
         features, reference, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, rng_seed=SEED,
         verbose=False,
-    )  # fmt: skip
+    )
     # Without save_cpu_ram all distances are held at once: 10 GB and more for 50,000 images.
     prc = prc_features_to_metric(
         features.to(device), reference.to(device), prc_neighborhood=neighbours,
         prc_batch_size=DISTANCE_ROWS, save_cpu_ram=True, verbose=False,
-    )  # fmt: skip
+    )
     return {
         "n": len(features),
         "fid": fid(features, known),

@@ -57,7 +57,7 @@ def count_gpus(text: str) -> int:
     count = torch.cuda.device_count()
     if count == 0:
         raise ConfigError("--gpus all, but no GPU can be used here: `make gpu-status` says why; a "
-                          "number starts so many processes on the CPU")  # fmt: skip
+                          "number starts so many processes on the CPU")
     return count
 
 
@@ -66,26 +66,26 @@ def rendezvous_of(args, nodes: int) -> dict:
     if nodes == 1:
         if args.nodes is None and (args.rendezvous or args.node_rank != "0"):
             raise ConfigError("--rendezvous and --node-rank are for several machines; say how many "
-                              "with --nodes (make: NODES=)")  # fmt: skip
+                              "with --nodes (make: NODES=)")
         # Heartbeats are for other machines, and one that is under way when the launcher ends is
         # reported by Python as an error.
         return {"rdzv_backend": "c10d", "rdzv_endpoint": f"{LOOPBACK}:0", "local_addr": LOOPBACK,
-                "rdzv_configs": {"is_host": True, "keep_alive_interval": DAY}}  # fmt: skip
+                "rdzv_configs": {"is_host": True, "keep_alive_interval": DAY}}
     host, _, port = (args.rendezvous or "").rpartition(":")
     if not host or not port.isdecimal() or int(port) not in range(1, 65536):
         raise ConfigError("several machines need --rendezvous HOST:PORT (make: RENDEZVOUS=), "
-                          f"machine 0 and a free port of it, not {args.rendezvous!r}")  # fmt: skip
+                          f"machine 0 and a free port of it, not {args.rendezvous!r}")
     rank = cli.parse_whole("--node-rank", args.node_rank, 0, nodes - 1)
     try:
         socket.getaddrinfo(host, int(port))
     except OSError as error:
         raise ConfigError(f"--rendezvous {args.rendezvous} cannot be looked up here: "
-                          f"{error.strerror}") from None  # fmt: skip
+                          f"{error.strerror}") from None
     print(f"machine {rank} of {nodes}: meeting the others at {args.rendezvous}, for up to "
-          f"{MEETING_SECONDS // 60} minutes", flush=True)  # fmt: skip
+          f"{MEETING_SECONDS // 60} minutes", flush=True)
     # Static, so that machine 0 has rank 0 and thereby the results.
     return {"rdzv_backend": "static", "rdzv_endpoint": args.rendezvous,
-            "rdzv_configs": {"rank": rank, "timeout": MEETING_SECONDS}}  # fmt: skip
+            "rdzv_configs": {"rank": rank, "timeout": MEETING_SECONDS}}
 
 
 def describe_failure(failures: dict, folder: Path, restarts: int, nodes: int) -> str:
@@ -99,7 +99,7 @@ def describe_failure(failures: dict, folder: Path, restarts: int, nodes: int) ->
     culprits = {r: f for r, f in failures.items() if f.exitcode not in followed} or failures
     rank, failure = min(culprits.items(), key=lambda item: (item[1].timestamp, item[0]))
     said = [line for path in sorted(folder.glob(f"*/attempt_{restarts}/{failure.local_rank}/*.log"))
-            for line in path.read_text(errors="replace").splitlines()]  # fmt: skip
+            for line in path.read_text(errors="replace").splitlines()]
     print(*said[-TAIL:], sep="\n", file=sys.stderr, end="\n" if said else "")
     if failure.exitcode < 0:
         how = f"was killed by {failure.signal_name()}"
@@ -109,7 +109,7 @@ def describe_failure(failures: dict, folder: Path, restarts: int, nodes: int) ->
         how = f"failed with status {failure.exitcode}, for the reason above"
     again = os.environ[cli.COMMAND]
     return (f"process {rank} (pid {failure.pid}) {how}; the others were ended. To continue from "
-            f"the last checkpoint: {again}")  # fmt: skip
+            f"the last checkpoint: {again}")
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def loading_quietly():
 
 
 def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: dict, *,
-           leader_here: bool) -> int:  # fmt: skip
+           leader_here: bool) -> int:
     """Run a Python script in so many processes; returns the status they agree on."""
     with loading_quietly():
         from torch.distributed import DistError
@@ -142,7 +142,7 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
             min_nodes=nodes, max_nodes=nodes, nproc_per_node=gpus, run_id=uuid.uuid4().hex
             if nodes == 1 else "training", max_restarts=restarts,
             logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=silent), **rendezvous,
-        ), sys.executable)  # fmt: skip
+        ), sys.executable)
         try:
             processes(*script)
         except ChildFailedError as error:
@@ -152,7 +152,7 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
         except SignalException as error:
             if not (folder / cli.STATUS).exists():  # which they leave when all are through
                 cli.complain("the processes ended before they were through; what is saved counts: "
-                             f"{os.environ[cli.COMMAND]}")  # fmt: skip
+                             f"{os.environ[cli.COMMAND]}")
             return 128 + error.sigval
         except DistError as error:
             reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
@@ -184,7 +184,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // gpus)))
     os.environ.setdefault(STOPPING_TIMEOUT, str(STOPPING_SECONDS))
     return launch(script, gpus, nodes, restarts, rendezvous,
-                  leader_here=nodes == 1 or int(args.node_rank) == 0)  # fmt: skip
+                  leader_here=nodes == 1 or int(args.node_rank) == 0)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Diffusers(nn.Module):
             sample_size=image_size, block_out_channels=DIFFUSERS_CHANNELS,
             down_block_types=tuple(down), up_block_types=tuple(up),
             num_class_embeds=len(CLASS_NAMES) + 1,
-        )  # fmt: skip
+        )
 
     def forward(self, x_t: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         return self.network(x_t, timesteps, class_labels=class_labels).sample

@@ -51,7 +51,7 @@ def grid_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the EMA's grids, at most MOST_GRIDS, first and last among them."""
     paths = sorted((folder / "samples").glob(f"step_{8 * '[0-9]'}_ema.png"))
     return [(int(path.name.split("_")[1]), path)
-            for path in evenly(paths, MOST_GRIDS) if is_picture(path)]  # fmt: skip
+            for path in evenly(paths, MOST_GRIDS) if is_picture(path)]
 
 
 def is_picture(path: Path) -> bool:
@@ -106,7 +106,7 @@ def training_hours(train: list[dict]) -> float:
     """Time spent in training steps, by the recorded speed of every stretch."""
     seen = [0, *(record["images_seen"] for record in train)]
     stretches = [(r["images_seen"] - before) / r["images_per_second"]
-                 for before, r in zip(seen, train)]  # fmt: skip
+                 for before, r in zip(seen, train)]
     return sum(stretches) / 3600
 
 
@@ -117,7 +117,7 @@ def facts_section(run: dict, train: list[dict], validation: list[dict]) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run[key]))
 
     rows = [("state", run.get("state", "unknown")), ("last start", moment("started")),
-            ("ended", moment("ended")), ("machine", run.get("machine", ""))]  # fmt: skip
+            ("ended", moment("ended")), ("machine", run.get("machine", ""))]
     if train:
         last = train[-1]
         rows += [
@@ -132,15 +132,15 @@ def facts_section(run: dict, train: list[dict], validation: list[dict]) -> str:
                 f"{'n/a' if loss is None else f'{loss:.4g}'} ({word})"
                 for loss, word in zip(last["loss_quarters"], quarter_words(train)))
              + ", from least to most noise"),
-        ]  # fmt: skip
+        ]
     if validation:
         if "warnings" in validation[-1]:
             rows.append(("health", f"{verdict(validation[-1]['warnings'])}, at step "
-                         f"{validation[-1]['step']}"))  # fmt: skip
+                         f"{validation[-1]['step']}"))
         best = lowest(validation, "loss_ema")
         rows.append(("validation loss", f"{validation[-1]['loss']:.4g}, EMA "
                      f"{validation[-1]['loss_ema']:.4g}; best EMA {best['loss_ema']:.4g} at step "
-                     f"{best['step']}"))  # fmt: skip
+                     f"{best['step']}"))
     return table([row for row in rows if row[1] != ""])
 
 
@@ -195,7 +195,7 @@ def scores_section(folder: Path) -> str:
             "" if agreement is None else f"{agreement:.1%}",
             "" if distance is None else f"{distance:.4g} ({fewer}held-out {floor:.4g})",
             "" if fid is None else f"{fid:.4g}",
-        ))  # fmt: skip
+        ))
     return table(rows)
 
 
@@ -208,7 +208,7 @@ def write_report(folder: Path) -> Path:
     grids = grid_files(folder)
     title = f"{plain.get('mode', run.get('mode', ''))} run in {folder}"
     cautions = table([(f"step {w['step']}", w["message"]) for w in warnings[-20:]],
-                     ["warning"] * len(warnings))  # fmt: skip
+                     ["warning"] * len(warnings))
     sections = {
         "Facts": facts_section(run, train, validation),
         "Warnings": cautions if warnings else "<p>None.</p>",
@@ -220,7 +220,7 @@ def write_report(folder: Path) -> Path:
         "Commands": f"<p>To continue:</p><pre>{escape(str(run.get('command') or ''))}</pre>"
         f"<p>To draw from it:</p><pre>python generate_samples.py {escape(str(folder))}</pre>",
         "Settings": config_section(plain),
-    }  # fmt: skip
+    }
     body = "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items() if text)
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -232,7 +232,7 @@ def write_report(folder: Path) -> Path:
     if len(grids) > 1:
         steps = ", ".join(str(step) for step, _ in grids)
         save_animation([reduced(file) for _, file in grids], folder / "samples.gif",
-                       f"EMA samples of the same seeds at steps {steps}")  # fmt: skip
+                       f"EMA samples of the same seeds at steps {steps}")
     return path
 
 

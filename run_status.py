@@ -26,7 +26,7 @@ from training_monitor import (
 
 NO_RUN = "No training run yet: type `make demo` for a small one or `make train`."
 UNKNOWN = {"state": "unknown: run.json is missing or damaged", "device": "unknown device",
-           "started": 0, "ended": None, "total_steps": 0, "steps_per_epoch": 1}  # fmt: skip
+           "started": 0, "ended": None, "total_steps": 0, "steps_per_epoch": 1}
 REFRESH_SECONDS = 2
 WARNED = 0.8  # of the steps so far: warnings from then on are shown
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -155,7 +155,7 @@ def status_rows(run: RunState, now: float, checkpoints: int) -> list[tuple[str, 
     """Label and text of all there is to say in words, with so many of the newest checkpoints."""
     sample = f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else "none yet"
     files = [f"{name:<24}{size / 2**20:8.1f} MiB   {duration(now - modified)} ago"
-             for modified, name, size in run.checkpoints[-checkpoints:]]  # fmt: skip
+             for modified, name, size in run.checkpoints[-checkpoints:]]
     step = run.train[-1]["step"] if run.train else 0
     lately = [w for w in run.warnings if w["step"] >= WARNED * step][-1:]  # the rest is history
     sentence = "".join(f"step {w['step']}: {w['message']}" for w in lately)
@@ -191,7 +191,7 @@ def as_json(runs: list[RunState]) -> list[dict]:
             "last_sample": f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else None,
         }
         for run in runs
-    ]  # fmt: skip
+    ]
     return json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN is no JSON
 
 
@@ -234,7 +234,7 @@ def curve_rows(run: RunState, now: float, room: int) -> list[tuple[str, str]]:
 def format_monitor(
     runs: list[RunState], gpus: list | str, now: float, width: int, height: int,
     processes: list[list[str]] = (),
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """The lines of one screen: the run that is alive, else the newest, GPUs and their processes."""
     width -= 1  # the last column would wrap
     run = max(runs, key=lambda r: (r.facts["state"] == "running", r.last_sign), default=None)

@@ -72,7 +72,7 @@ def parse_arguments():
     parser.add_argument(
         "--fresh", action="store_true",
         help="start anew; an existing run is moved aside, a demo or quick-test replaced",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config as JSON and stop"
     )
@@ -100,7 +100,7 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     conflicts = {
         name: values for name, values in settings.differences(saved, config).items()
         if name.startswith(FIXED) and name not in free
-    }  # fmt: skip
+    }
     if conflicts:
         listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in conflicts.items())
         if "data.dataset" in conflicts and os.environ.get("DATA_DIR"):
@@ -219,7 +219,7 @@ def has_finished(folder: Path) -> bool:
 def say_complete(run: Run) -> None:
     """Say so, and write the report anew, whose writer may have been killed."""
     say(f"the run in {run.folder} is complete ({run.engine.step} steps); EPOCHS= makes it longer, "
-        "FRESH=1 starts anew, `make generate` draws from it")  # fmt: skip
+        "FRESH=1 starts anew, `make generate` draws from it")
     if run.processes.leads:
         with acquire_lock(run.folder):
             sweep(run.folder)
@@ -260,7 +260,7 @@ def require_equal_data(found: str, saved: dict | None, folder: Path, processes: 
     """DataError where the pictures of this fingerprint are not the leader's, or not the run's."""
     if found != processes.from_leader(lambda: found):
         raise DataError(f"process {processes.rank} has other pictures than the first one; every "
-                        "machine needs the same data")  # fmt: skip
+                        "machine needs the same data")
     if saved and saved.get("data", found) != found:  # earlier versions did not save it
         raise DataError(
             f"the run in {folder} was started with other pictures than those found now; set "
@@ -307,7 +307,7 @@ def main() -> int:
         folder, mode=config.mode, device=device_name(device, processes),
         machine=machine_name(device), total_steps=engine.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch, command=command,
-    ) as run.monitor:  # fmt: skip
+    ) as run.monitor:
         if saved is None:
             clear_away(args.mode, folder)
             if cli.LAUNCH_FOLDER in os.environ:
@@ -315,7 +315,7 @@ def main() -> int:
         say(describe(run, device))
         if config.train.warmup_steps >= engine.total_steps:
             say(f"the whole run lies within the {config.train.warmup_steps} steps of its warm-up; "
-                "with a smaller train.warmup_steps it learns more")  # fmt: skip
+                "with a smaller train.warmup_steps it learns more")
         say(f"results: {folder}/ (curves, samples, checkpoints); Ctrl-C stops; make status tells")
         if saved:
             say(f"continuing at step {engine.step}{changes(run.config, saved_config)}")
@@ -323,7 +323,7 @@ def main() -> int:
         status = session(run)
     if status not in (0, 1):  # interrupted
         hint = "it starts anew next time" if args.mode == "quick-test" else (
-            f"the same command without --fresh continues: {command}")  # fmt: skip
+            f"the same command without --fresh continues: {command}")
         say(f"stopped and saved at step {engine.step}; {hint}")
     say(f"report: {write_report(folder)}; next: make generate")
     return status

@@ -33,7 +33,7 @@ RECORD_PARTS = {
               "learning_rate", "grad_norm"},
     "validation": {"loss", "loss_ema"},
     "warning": {"message"},
-}  # fmt: skip
+}
 LEAST_SIDE = 64  # pixels of a picture in a grid
 FRAME_MILLISECONDS, LAST_MILLISECONDS = 100, 2000  # of an animation
 LINEAR_PANELS = ("learning rate", "images per second")
@@ -55,7 +55,7 @@ def say(message: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # `| tee` dies of the Ctrl-C that ends the run
             print(f"the output cannot be written: {error.strerror}; going on without it",
-                  file=sys.stderr)  # fmt: skip
+                  file=sys.stderr)
 
 
 def progress(items: Iterable, total: int, what: str) -> Iterable:
@@ -121,7 +121,7 @@ def read_metrics(folder: Path) -> list[dict]:
         record for record in records
         if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
         and record.keys() >= RECORD_PARTS.get(record["kind"], set())
-    ]  # fmt: skip
+    ]
 
 
 def by_kind(records: Sequence[dict], *kinds: str) -> list[list[dict]]:
@@ -165,7 +165,7 @@ def refuse_second_run(folder: Path) -> None:
     """Raise RunInUse if a live process trains in this directory, or if it cannot be told."""
     if folder.is_symlink() and not folder.exists():
         raise RunInUse(f"{folder} is a link to {os.readlink(folder)}, which is not there; mount "
-                       "that disk, or remove the link")  # fmt: skip
+                       "that disk, or remove the link")
     if folder.is_dir():
         acquire_lock(folder).close()
 
@@ -197,7 +197,7 @@ class TrainingMonitor:
     """
 
     def __init__(self, folder: Path, *, mode: str, device: str, machine: str, total_steps: int,
-                 steps_per_epoch: int, command: str):  # fmt: skip
+                 steps_per_epoch: int, command: str):
         self.folder = Path(folder)
         self.samples = self.folder / "samples"
         self.facts = {
@@ -205,7 +205,7 @@ class TrainingMonitor:
             "device": device, "machine": machine, "total_steps": total_steps,
             "steps_per_epoch": steps_per_epoch, "state": "running", "ended": None,
             "command": command,
-        }  # fmt: skip
+        }
         self.bar, self.warnings = None, 0
         self.curves_drawn = time.monotonic()
 
@@ -244,7 +244,7 @@ class TrainingMonitor:
         self.bar = tqdm(
             total=self.facts["total_steps"], initial=step, unit="step", disable=None,
             dynamic_ncols=True, smoothing=0.1,
-        )  # fmt: skip
+        )
         self.last_line = 0.0
 
     def end(self, state: str) -> None:
@@ -277,7 +277,7 @@ class TrainingMonitor:
         if kind == "validation":
             self.append(kind, **values, warnings=self.warnings)
             say(f"step {step}: validation loss {values['loss']:.4f}, EMA {values['loss_ema']:.4f}; "
-                + verdict(self.warnings))  # fmt: skip
+                + verdict(self.warnings))
             self.warnings = 0
             return
         self.append(kind, **values)
@@ -293,7 +293,7 @@ class TrainingMonitor:
         left = time_left(*by_kind(self.records, "train"), self.facts["started"], total)
         return f"step {step}/{total}, " + ", ".join(
             f"{name} {value}" for name, value in shown.items()
-        ) + ("" if left is None else f", {duration(left)} left")  # fmt: skip
+        ) + ("" if left is None else f", {duration(left)} left")
 
     def draw_samples(self, step: int, name: str, images, class_names: Sequence[str]) -> None:
         """A labelled grid of uint8 images (rows * classes, H, W, 3), classes taking turns."""
@@ -338,7 +338,7 @@ def labelled_grid(
         pen.text((middle, top - gap), name, "black", font, anchor="md")
     for row, name in enumerate(row_names):
         pen.text((left - 2 * gap, top + row * (side + gap) + side // 2), name, "black", font,
-                 anchor="rm")  # fmt: skip
+                 anchor="rm")
     for index, pixels in enumerate(images):
         row, column = divmod(index, columns)
         picture = Image.fromarray(pixels)
@@ -367,7 +367,7 @@ def save_animation(frames: Sequence, path: Path, comment: str) -> None:
         frames[0].save(
             unfinished, format="GIF", save_all=True, append_images=frames[1:], duration=durations,
             loop=0, comment=comment.encode(),
-        )  # fmt: skip
+        )
 
 
 def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
@@ -389,7 +389,7 @@ def draw_curves(records: list[dict], path: Path) -> None:
     panels = dict(zip(
         ("loss", "validation loss", "loss by noise level", "learning rate", "gradient norm",
          "images per second"), figure.subplots(2, 3).flat,
-    ))  # fmt: skip
+    ))
 
     losses = [record["loss"] for record in train]
     panels["loss"].plot(steps, losses, color="tab:blue", alpha=0.3, label="mean since last record")

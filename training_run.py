@@ -91,7 +91,7 @@ def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> No
         engine.network = plain
         reason = reason or "another process has no compiler"
         say(f"torch.compile does not work here ({reason[:200]}); training goes on without it, "
-            "--train.compile false does so at once")  # fmt: skip
+            "--train.compile false does so at once")
 
 
 class Run:
@@ -117,7 +117,7 @@ class Run:
         self.batches = TrainingBatches(
             splits["train"], config.data, train.batch_size, train.seed, device,
             self.processes.share,
-        )  # fmt: skip
+        )
         if self.batches.batch_size < self.processes.world_size:
             raise ConfigError(
                 f"a batch of {self.batches.batch_size} images is too small for "
@@ -137,7 +137,7 @@ class Run:
             ema_rampup_ratio=train.ema_rampup_ratio,
             max_skipped_steps=train.max_skipped_steps, seed=train.seed,
             autocast_dtype=training_dtype(config, device), processes=self.processes,
-        )  # fmt: skip
+        )
         self.monitor: TrainingMonitor | None = None  # of the process that leads
         self.stop_signal = 0  # that asked this process, and so all, to stop
         self.saved_at = time.monotonic()
@@ -199,7 +199,7 @@ class Run:
             pictures[share] = sampler.sample(
                 model, labels[share], (3, size, size), seeds[share],
                 batch_size=self.config.sample.batch_size,
-            )  # fmt: skip
+            )
         return self.processes.sum(pictures)
 
     def energy_joules(self) -> float | None:
@@ -219,11 +219,11 @@ class Run:
         if metrics["skipped_steps"] > self.reported_skips and not scaling:
             self.reported_skips = metrics["skipped_steps"]
             monitor.warn(step, f"{self.reported_skips} batches so far were skipped because loss or "
-                         "gradient was not finite")  # fmt: skip
+                         "gradient was not finite")
         if loss is None:
             return
         monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device),
-                       energy_joules=energy_joules)  # fmt: skip
+                       energy_joules=energy_joules)
         for warning in loss_findings(*by_kind(monitor.records, "train")):
             monitor.warn(step, warning)
 
@@ -237,7 +237,7 @@ class Run:
 
         ema = self.engine.ema_model
         record = {"step": self.engine.step, "loss": loss_of(self.model, labels),
-                  "loss_ema": loss_of(ema, labels)}  # fmt: skip
+                  "loss_ema": loss_of(ema, labels)}
         if self.config.train.class_dropout_prob > 0:
             record["loss_null"] = loss_of(ema, torch.full_like(labels, ema.null_label))
         self.validated = (self.engine.step, record["loss_ema"])
@@ -372,7 +372,7 @@ class Run:
             good = wanted == found and psnr >= PASS_PSNR
             results.append({"class": wanted, "nearest": found, "psnr": round(psnr, 2), "ok": good})
             say(f"  {wanted:<11} {psnr:5.1f} dB to a training image of class {found:<11} "
-                f"{'ok' if good else 'FAILED'}")  # fmt: skip
+                f"{'ok' if good else 'FAILED'}")
         passed = all(result["ok"] for result in results)
         if not self.processes.leads:
             return passed
@@ -382,5 +382,5 @@ class Run:
         grid = labelled_grid(to_arrays(pairs), CLASS_NAMES, "nearest training image, sample below")
         save_image(grid, self.folder / "verdict.png")
         say(f"{'PASS' if passed else 'FAIL'}: every class must be right at {PASS_PSNR:g} dB or "
-            f"better; picture: {self.folder / 'verdict.png'}")  # fmt: skip
+            f"better; picture: {self.folder / 'verdict.png'}")
         return passed

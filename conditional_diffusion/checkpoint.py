@@ -28,7 +28,7 @@ REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema",
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
            AssertionError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
-           pickle.UnpicklingError)  # fmt: skip
+           pickle.UnpicklingError)
 BEST = "best.pt"
 NAME = re.compile(r"best\.pt|checkpoint_\d{8}\.pt")
 
@@ -227,7 +227,7 @@ def require_classes(path: Path, trained: Sequence[str], class_names: Sequence[st
 def require_weights(where: object, weights: dict, model: torch.nn.Module) -> None:
     """Raise CheckpointError unless these weights are those of such a model."""
     found, expected = ({name: tuple(value.shape) for name, value in values.items()}
-                       for values in (weights, model.state_dict()))  # fmt: skip
+                       for values in (weights, model.state_dict()))
     if different := dict(expected.items() ^ found.items()):
         raise CheckpointError(
             f"{where} holds another network than this code builds (they differ in "

@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
         ahead = self._look_ahead(parameters, finite)
         sizes = [numel * len(alike) for (_, numel), alike in by_shape.items()]
         stacks = [part.view(-1, rows, numel // rows)
-                  for part, (rows, numel) in zip(ahead.split(sizes), by_shape)]  # fmt: skip
+                  for part, (rows, numel) in zip(ahead.split(sizes), by_shape)]
         updates = orthogonalised(stacks)  # (n, rows, columns) each
         torch._foreach_mul_(updates, finite.float())
         torch._foreach_mul_(parameters, 1 - lr * weight_decay * finite)
@@ -114,7 +114,7 @@ class Muon(torch.optim.Optimizer):
     def _look_ahead(self, parameters: list[nn.Parameter], finite: Tensor) -> Tensor:
         """Nesterov's look ahead of all parameters, a vector; momentum updated."""
         momenta = [in_order_of(parameter, self.state[parameter]["momentum"])
-                   for parameter in parameters]  # fmt: skip
+                   for parameter in parameters]
         gradient = torch.cat([in_order_of(parameter, parameter.grad) for parameter in parameters])
         momentum = torch.cat(momenta)
         torch.where(finite, gradient, momentum, out=gradient)  # which then stays what it is

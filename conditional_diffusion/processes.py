@@ -138,7 +138,7 @@ def join() -> Processes:
     missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
         raise NoMeeting(f"WORLD_SIZE is {world_size} in the environment, but {min(missing)} is not "
-                        "set: unset it for one process, or start several with GPUS=")  # fmt: skip
+                        "set: unset it for one process, or start several with GPUS=")
     rank, local_rank = number_in_environment("RANK"), number_in_environment("LOCAL_RANK", 0)
     store = meet(common_store(rank, world_size), rank, world_size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -238,7 +238,7 @@ class TrainingEngine:
         """One step of the average; after a skipped one it moves towards the unchanged weights."""
         decay = 0.0 if self.step == 1 else ema_decay(
             batch_size, self.images_seen, self.ema_halflife_images, self.ema_rampup_ratio
-        )  # fmt: skip
+        )
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
     def _compute_gradients_in_parts(
@@ -293,7 +293,7 @@ class TrainingEngine:
                     losses = diffusion_loss(
                         self.network, self.scheduler, x_start[part], noise[part],
                         timesteps[part], class_labels[part],
-                    )  # fmt: skip
+                    )
                 # Gradients are averaged over the processes, of which each has only its share.
                 mean = (weights[part] * losses).sum() / (batch_size / self.processes.world_size)
                 self.scaler.scale(mean).backward()
@@ -331,7 +331,7 @@ class TrainingEngine:
         logger.warning(
             "out of memory at step %d: each batch of %d now goes through the network in %d parts, "
             "with the same gradients", self.step, batch_size, self.micro_batches,
-        )  # fmt: skip
+        )
 
     @property
     def skipped_steps(self) -> int:
@@ -358,7 +358,7 @@ class TrainingEngine:
         return learning_rate_at(
             self.step, peak=self.learning_rate, warmup_steps=self.warmup_steps,
             total_steps=self.total_steps, final_fraction=self.final_lr_fraction,
-        )  # fmt: skip
+        )
 
     def _reset_sums(self) -> None:
         self._losses = torch.zeros(QUARTERS, device=self.device)
@@ -426,7 +426,7 @@ class TrainingEngine:
             return diffusion_loss(
                 model, self.scheduler, own_x_start[part], noise[part], timesteps[part],
                 own_labels[part],
-            )  # fmt: skip
+            )
 
         with evaluating(model), autocast(self.device, self.autocast_dtype):
             size = -(-batch_size // self.micro_batches)

@@ -18,7 +18,7 @@ from conditional_diffusion import CosineNoiseScheduler, UNet  # noqa: E402
 TINY = {
     "image_size": 16, "base_channels": 16, "channel_mult": (1, 2), "num_res_blocks": (1, 1),
     "attention_sizes": (4,), "patch_size": 2, "time_embed_dim": 16, "class_embed_dim": 16,
-}  # fmt: skip
+}
 # The same as flags of the scripts, with a chain of 50 timesteps.
 TINY_FLAGS = [
     "--device", "cpu", "--data.image_size", "16", "--model.base_channels", "16",
@@ -26,7 +26,7 @@ TINY_FLAGS = [
     "--model.patch_size", "2", "--diffusion.num_train_timesteps", "50",
     "--sample.num_inference_steps", "5", "--sample.grid_steps", "3",
     "--train.validation_images", "10",
-]  # fmt: skip
+]
 PICTOGRAMS = [*TINY_FLAGS, "--dataset", "pictograms"]
 
 

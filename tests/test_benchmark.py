@@ -26,7 +26,7 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     monkeypatch.setattr(benchmark, "PICTURES", 128)
     pairs = zip(TINY_FLAGS[::2], TINY_FLAGS[1::2])
     flags = [word for pair in pairs if pair[0].startswith(("--model", "--data", "--dev"))
-             for word in pair]  # fmt: skip
+             for word in pair]
     status, said = call(benchmark, *flags, "--rounds", 2, "--sizes", "--batch-size", 3)
     assert status == 0, said
     content = json.loads(Path("benchmark.json").read_text())
@@ -43,7 +43,7 @@ def test_every_part_is_measured_and_written(call, monkeypatch):
     )
     assert {name for what, name in found if what == "training step"} == {
         "ours", "ours, with AdamW", "8x8", "16x16", "alone", "in a group of one"
-    }  # fmt: skip
+    }
     assert found["processes", "in a group of one, against alone"]["ratio"] > 0
     assert multiprocessing.active_children() == []
 
@@ -54,15 +54,15 @@ def test_what_is_measured_on_cuda_runs_through(monkeypatch):
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     for name, value in {"MATMUL_SIZE": {"cpu": 64}, "BATCH_SIZES": (2,), "GRID_PICTURES": 2,
-                        "GRIDS": (("ddpm", 2),)}.items():  # fmt: skip
+                        "GRIDS": (("ddpm", 2),)}.items():
         monkeypatch.setattr(benchmark, name, value)
     overrides = {name.removeprefix("--"): value
                  for name, value in zip(TINY_FLAGS[2::2], TINY_FLAGS[3::2])
-                 if name.startswith(("--model", "--data"))}  # fmt: skip
+                 if name.startswith(("--model", "--data"))}
     config = apply_overrides(full(), {**overrides, "train.batch_size": "3"})
     report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1)
     switches = ((torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
-                (torch.backends.cuda.matmul, "allow_tf32"))  # fmt: skip
+                (torch.backends.cuda.matmul, "allow_tf32"))
     before = [getattr(*switch) for switch in switches]
     benchmark.compare_on_cuda(report, config)
     found = {(m["what"], m["name"], m["images"]) for m in report.content["measurements"]}

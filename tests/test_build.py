@@ -99,7 +99,7 @@ def test_settings_reach_the_samplers():
         "sample.sampler": "ddim", "sample.grid_sampler": "ddim", "sample.eta": 0.3,
         "sample.num_inference_steps": 5, "sample.grid_steps": 3, "sample.guidance_scale": 3.5,
         "sample.guidance_interval": (0.2, 0.7), "sample.clip_x_start": False,
-    })  # fmt: skip
+    })
     _, scheduler = build_model(config, CPU)
     for grid, steps in ((False, 5), (True, 3)):
         sampler = build_sampler(config, scheduler, grid=grid)
@@ -115,7 +115,7 @@ def test_network_and_schedule_are_those_of_the_config(prediction_type):
     config = apply_overrides(full(), SMALL | {
         "diffusion.prediction_type": prediction_type, "diffusion.reference_size": 64,
         "diffusion.num_train_timesteps": 50,
-    })  # fmt: skip
+    })
     model, scheduler = build_model(config, CPU)
     assert scheduler.prediction_type == model.wiener.prediction_type == prediction_type
     plain = torch.tensor(published_alphas_cumprod(50), dtype=torch.float64)

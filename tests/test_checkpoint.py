@@ -299,7 +299,7 @@ def test_earlier_formats_are_still_read(tmp_path, version):
     old = {**now, "format": checkpoint.FORMAT, "version": version}
     for part in ("model", "ema"):
         old[part] = {**now[part], name: now[part][name][:, :, None, None],
-                     "conv.weight": torch.ones(3, 2, 1, 1)}  # fmt: skip
+                     "conv.weight": torch.ones(3, 2, 1, 1)}
         now[part] = {**now[part], "conv.weight": torch.ones(3, 2, 1, 1)}
     if version == 3:
         (old["optimizer"],) = old.pop("optimizers")
@@ -335,7 +335,7 @@ class Malicious:
 def test_code_in_a_file_is_not_executed(tmp_path, kind):
     path, trace = tmp_path / "checkpoint_00000001.pt", tmp_path / "executed"
     contents = {**state(), "format": checkpoint.FORMAT, "version": checkpoint.FORMAT_VERSION,
-                "extra": Malicious(trace)}  # fmt: skip
+                "extra": Malicious(trace)}
     buffer = io.BytesIO()
     if kind == "torch file":
         torch.save(contents, buffer)
@@ -519,7 +519,7 @@ def test_names_follow_contents_to_the_disk(tmp_path, monkeypatch, links):
     path = save_checkpoint(tmp_path, state(), keep=1, best=True)
     # The best first: a checkpoint that knows of its loss may not exist without it.
     assert events == ["fsync file", *([] if links else ["fsync file"]), "replace best.pt",
-                      f"replace {path.name}", "fsync folder"]  # fmt: skip
+                      f"replace {path.name}", "fsync folder"]
     assert set(sizes[:-1]) == {path.stat().st_size}  # torch.save flushes what it wrote
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -547,6 +547,6 @@ def test_best_is_never_older_than_what_a_checkpoint_says(tmp_path, monkeypatch):
         save_checkpoint(tmp_path, state(step=2), keep=2, best=True)
     assert [path.name for path in list_checkpoints(tmp_path)] == [
         "best.pt", "checkpoint_00000001.pt",
-    ]  # fmt: skip
+    ]
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
     assert not list(tmp_path.glob("*.tmp"))

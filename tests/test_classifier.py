@@ -95,7 +95,7 @@ def test_augmented_pictures_are_crops_of_the_padded_ones_or_of_their_mirror_imag
             found += [
                 (mirrored, y, x) for y in range(5) for x in range(5)
                 if torch.equal(padded[:, y : y + 6, x : x + 6], moved)
-            ]  # fmt: skip
+            ]
         assert found
         places.update(found)
     assert {mirrored for mirrored, _, _ in places} == {True, False} and len(places) > 15

@@ -95,7 +95,7 @@ def test_what_a_kill_after_the_last_step_took_comes_again(call):
     assert "lies within the 500 steps of its warm-up" in call(train_model, *full)[1]
     run = Path("checkpoints")
     grid, curves, report = (run / "samples" / "step_00000005_ema.png",
-                            run / "training_curves.png", run / "report.html")  # fmt: skip
+                            run / "training_curves.png", run / "report.html")
 
     def damage(*lost: Path) -> None:
         for path in lost:
@@ -131,7 +131,7 @@ def test_a_short_run_killed_before_its_verdict_is_not_trained_anew(call):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_continues_to_the_same_weights(call, number):
     full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 2,
-            "--train.log_every", 1]  # fmt: skip
+            "--train.log_every", 1]
     call(train_model, *full)
     whole = torch.load("checkpoints/checkpoint_00000010.pt", weights_only=True)
     assert call(train_model, *full)[1].count("is complete") == 1
@@ -219,7 +219,7 @@ def test_compiling_changes_no_gradient(awake_model, monkeypatch):
     gradients, batch = [], (torch.rand(4, 3, 16, 16) * 2 - 1, torch.arange(4))
     for compiled in (False, True):
         engine = TrainingEngine(awake_model(), CosineNoiseScheduler(50), total_steps=1,
-                                learning_rate=1e-3, autocast_dtype=torch.bfloat16)  # fmt: skip
+                                learning_rate=1e-3, autocast_dtype=torch.bfloat16)
         if compiled:
             training_run.compile_training(engine, batch)
             assert engine.network is not engine.model
@@ -355,7 +355,7 @@ def test_a_checkpoint_of_other_code_is_refused_with_its_name(call, monkeypatch):
         (lambda s: s["config"].pop("sample"), ["settings", "sample missing"]),
         (lambda s: [s[part].pop("stem.bias") for part in ("model", "ema")],
          ["another network", "differ in stem.bias"]),
-    ):  # fmt: skip
+    ):
         state = torch.load(path, weights_only=True)
         change(state)
         torch.save(state, path)
@@ -457,7 +457,7 @@ def test_processes_whose_gpus_would_differ_in_precision_are_refused(call, monkey
     with pytest.raises(ConfigError, match="1 .* on cpu in fp32, .* one on cuda in fp16"):
         train_model.require_equal_devices(full(), torch.device("cpu"), Processes(1, 2))
     monkeypatch.setattr(Processes, "from_leader", lambda self, work: (
-        "cuda in fp16" if isinstance(found := work(), str) else found))  # fmt: skip
+        "cuda in fp16" if isinstance(found := work(), str) else found))
     status, said = call(train_model, *QUICK, "--device", "cpu")
     assert status == 1
     assert_one_sentence(said, "on cpu in fp32, the first one on cuda in fp16")
@@ -568,7 +568,7 @@ def test_prepare_refuses_bad_input(call):
 @pytest.mark.parametrize("command", [
     "train_model --full", "generate_samples", "evaluate_samples", "prepare_data", "benchmark",
     "doctor", "run_status status", "gpu_status", "report", "clean runs", "launch train_model.py",
-])  # fmt: skip
+])
 def test_a_mistyped_flag_is_one_sentence_with_the_nearest(command, monkeypatch, capsys):
     script, *arguments = command.split()
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--hepl", *arguments])
@@ -589,7 +589,7 @@ def test_help_is_complete(script):
         "generate_samples": ["CHECKPOINT", "--classes", "--guidance", "--steps", "--raw",
                              "auto: what fits"],
         "prepare_data": ["--data-dir", "--data.skip_unreadable"],
-    }[script]  # fmt: skip
+    }[script]
     assert all(word in result.stdout for word in wanted)
 
 
@@ -600,7 +600,7 @@ def test_an_output_that_takes_nothing_is_no_traceback(tmp_path, where):
         ["bash", "-c", {"closed": '"$@" >&-', "gone": '"$@" | true; exit ${PIPESTATUS[0]}',
                         "full": '"$@" > /dev/full'}[where], "-", *command],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     assert "Traceback" not in run.stderr
     if where == "full":
         assert "No space left" in run.stderr

@@ -62,7 +62,7 @@ def network() -> tuple[UNet, CosineNoiseScheduler]:
 def test_what_several_processes_need_later_is_held_free_in_the_rehearsal(gpu):
     model, scheduler = network()
     engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3,
-                            processes=Processes(0, 2))  # fmt: skip
+                            processes=Processes(0, 2))
     weights, empty = sum(parameter.nbytes for parameter in model.parameters()), torch.empty
     with (
         patch("torch.empty", side_effect=empty) as allocate,
@@ -104,7 +104,7 @@ def test_batches_are_on_the_gpu_wherever_the_images_are(gpu, free, device, flip)
 def test_no_training_step_asks_for_a_number(gpu, dtype, parts, optimizer):
     model, scheduler = network()
     engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3,
-                            autocast_dtype=dtype, optimizer=optimizer)  # fmt: skip
+                            autocast_dtype=dtype, optimizer=optimizer)
     engine.micro_batches = parts
 
     dtypes = set()
@@ -153,5 +153,5 @@ def test_scores_and_their_classifier_go_to_the_gpu_and_back(gpu):
     images = to_x_start(some_images(5).to(GPU), 32)
     assert augmented(images, 2).device == GPU
     for neighbours in (pixel_neighbours(some_images(5), some_images(9), GPU).index,
-                       nearest_images(images, images)[0]):  # fmt: skip
+                       nearest_images(images, images)[0]):
         assert neighbours.device.type == "cpu"

@@ -729,7 +729,7 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CLASS_NAMES", names)
     monkeypatch.setattr(cifar10, "LABELS", cifar10.folder_labels(names))
     files = {f"{split}/{name}/{n}.png": png((n, 9, 9)) for split, count in
-             (("train", 3), ("test", 2)) for name in names for n in range(count)}  # fmt: skip
+             (("train", 3), ("test", 2)) for name in names for n in range(count)}
     splits, _ = load(data_dir=str(write_tree(tmp_path / "vehicles", files)))
     assert splits["train"].labels.tolist() == 3 * [0] + 3 * [1]
     assert splits["test"].labels.tolist() == 2 * [0] + 2 * [1]
@@ -800,7 +800,7 @@ def test_pictures_changed_in_place_are_prepared_anew(tmp_path, later, size):
         picture = encoded(Image.new("RGB", (size, size), (value, 9, 9)), "BMP")
         write_tree(tmp_path / "pictures", {
             f"{split}/{name}/0.bmp": picture for split in ("train", "test") for name in CLASS_NAMES
-        })  # fmt: skip
+        })
         (tmp_path / "pictures").touch()
 
     write(10, 8)
@@ -816,7 +816,7 @@ def test_another_image_size_is_prepared_apart(tmp_path):
     write_tree(tmp_path / "pictures", {
         f"{split}/{name}/0.png": png((9, 9, 9), (32, 32))
         for split in ("train", "test") for name in CLASS_NAMES
-    })  # fmt: skip
+    })
     for size in (16, 24, 16):
         images = load(data_dir="pictures", image_size=size)[0]["train"].images
         assert images.shape[-2:] == (size, size)
@@ -837,7 +837,7 @@ def test_order_and_flips_differ_between_seeds_epochs_and_rounds():
     rounds = {
         tuple(order.tolist())
         for source in sources for epoch in (0, 1) for order in source.epoch_order(epoch).split(50)
-    }  # fmt: skip
+    }
     assert len(rounds) == 8  # two of 50! orders are hardly equal by chance
     flips = {tuple(source.mirrored(64, step)) for source in sources for step in (0, 1)}
     assert len(flips) == 4

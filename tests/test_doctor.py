@@ -44,7 +44,7 @@ def test_a_healthy_machine_passes_and_leaves_nothing_behind(lines):
     assert {name: line.split()[0] for name, line in found.items()} == {
         "packages": "ok", "GPU": "ok", "writing": "ok", "disk": "ok", "memory": "ok",
         "data": "note", "training": "ok",
-    }  # fmt: skip
+    }
     assert f"torch {torch.__version__.split('+')[0]}" in found["packages"]
     assert "on cpu in fp32: a step of 2 images took" in found["training"]
     assert "will download CIFAR-10" in found["data"]
@@ -170,7 +170,7 @@ def test_commands_stand_on_lines_of_their_own(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.strip() for line in lines[-2:]] == [
         "python -m pip uninstall -y torch", "python -m pip install torch"
-    ]  # fmt: skip
+    ]
 
 
 def test_a_device_that_is_not_there(lines):

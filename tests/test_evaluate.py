@@ -26,7 +26,7 @@ from scores import Neighbours, frechet_distance
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 FULL = ["--full", *PICTOGRAMS, "--epochs", "2", "--samples", "10", "--batch-size", "10",
-        "--train.learning_rate", "1e-2", "--train.warmup_steps", "1"]  # fmt: skip
+        "--train.learning_rate", "1e-2", "--train.warmup_steps", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call, monkeyp
 
     # The same pictures again, whatever the batch size.
     _, said = call(evaluate_samples, *arguments, "--guidance", 3, "--batch-size", 7,
-                   "--no-inception")  # fmt: skip
+                   "--no-inception")
     assert "--no-inception" in said and len(attempts) == 1
     again = read_scores("checkpoints/evaluation")[2]
     for part in ("mean", "std"):
@@ -199,7 +199,7 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call, monkeyp
     for name in ("cat", "dog"):
         save(Path("mine", f"{name}_0.png"), "red", (18, 18))  # a size no model needs
     status, said = call(evaluate_samples, "--pictures", "mine", "--dataset", "pictograms",
-                        "--no-inception", "--device", "cpu")  # fmt: skip
+                        "--no-inception", "--device", "cpu")
     assert status == 0, said
     (record,) = read_scores("mine/evaluation")
     assert record["pictures"] == "mine" and record["colour"]["mean"] == [255, 0, 0]
@@ -220,7 +220,7 @@ def test_scores_need_held_out_pictures(call):
         save(Path("single", name, "1.png"), "red", (16, 16))
         save(Path("mine", f"{name}_1.png"), "red", (16, 16))
     status, said = call(evaluate_samples, "--pictures", "mine", "--data-dir", "single",
-                        "--no-inception", "--device", "cpu")  # fmt: skip
+                        "--no-inception", "--device", "cpu")
     assert status == 1
     assert_one_sentence(said, "held-out pictures", "test/")
 
@@ -273,7 +273,7 @@ def test_bad_input_is_one_sentence(call, arguments, word):
 def test_a_sweep_is_drawn_of_what_was_measured(tmp_path):
     """With a single held-out picture there is no Frechet distance."""
     records = [{"guidance_scale": scale, "agreement": 0.5, "inception": {},
-                "reference": {"classifier_accuracy": 0.9}} for scale in (1, 2)]  # fmt: skip
+                "reference": {"classifier_accuracy": 0.9}} for scale in (1, 2)]
     evaluate_samples.draw_sweep(records, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as one:
         width = one.width
@@ -324,7 +324,7 @@ def test_pairs_are_the_nearest_ones_each_above_its_original(monkeypatch, tmp_pat
     monkeypatch.setattr(
         evaluation, "labelled_grid",
         lambda images, *args: kept.append(images) or Image.new("RGB", (1, 1)),
-    )  # fmt: skip
+    )
     levels = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     evaluator = Evaluator.__new__(Evaluator)
     evaluator.train = data.Split(levels + 100, torch.zeros(40).long())
@@ -333,7 +333,7 @@ def test_pairs_are_the_nearest_ones_each_above_its_original(monkeypatch, tmp_pat
     nearest = list(range(11, 1, -1))
     assert kept[0][:, 0, 0, 0].reshape(4, 10).tolist() == [
         nearest, [100 + i for i in nearest], nearest, [120 + i for i in nearest],
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -363,12 +363,12 @@ def test_a_sweep_draws_scores_at_the_number_of_their_floor(figures):
          "inception": {"fid": 5.0 * scale, "fid_at_n_floor": 7.0 * scale, "floor": {"fid": 2.5}},
          "reference": {"classifier_accuracy": 0.9}}
         for scale in (1, 2)
-    ]  # fmt: skip
+    ]
     evaluation.draw_sweep(records, None)
     drawn = {axes.get_title(): [list(line.get_ydata()) for line in axes.lines]
-             for axes in figures[0].axes}  # fmt: skip
+             for axes in figures[0].axes}
     assert drawn == {
         "class agreement": [[0.6, 0.7], [0.9, 0.9]], "Frechet distance": [[20.0, 40.0], [1.5, 1.5]],
         "FID": [[7.0, 14.0], [2.5, 2.5]],
-    }  # fmt: skip
+    }
     assert all(list(axes.lines[0].get_xdata()) == [1, 2] for axes in figures[0].axes)

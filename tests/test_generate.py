@@ -39,7 +39,7 @@ def make_checkpoint(folder: str, num_classes: int = len(CLASS_NAMES), **more: st
     return save_checkpoint(Path(folder), {
         "config": settings.to_dict(config), "class_names": list(CLASS_NAMES), "step": 12,
         "images_seen": 120, "model": raw, "ema": model.state_dict(), "optimizers": [],
-    }, keep=1)  # fmt: skip
+    }, keep=1)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_only_the_pictures_of_the_grid_are_kept():
     album = generate_samples.Album(
         OUT, ["cat"], seeds, [1], {}, processes=generate_samples.Processes(), single=False,
         trajectory=False,
-    )  # fmt: skip
+    )
     for _ in range(10):
         album.add(np.zeros((10, 4, 4, 3), dtype=np.uint8))
     assert [len(images) for images in album.batches] == 5 * [10]  # 50 rows
@@ -110,7 +110,7 @@ def text(path) -> dict:
     with Image.open(path) as image:
         chunks = dict(image.text)
     names = ("class", "file", "checkpoint", "hash", "weights", "sampler", "precision", "device",
-             "torch")  # fmt: skip
+             "torch")
     return {key: value if key in names else json.loads(value) for key, value in chunks.items()}
 
 
@@ -121,7 +121,7 @@ def names(folder: Path) -> set[str]:
 def test_facts_agree_everywhere_and_redraw_the_picture(draw, checkpoint):
     draw("--samples", 2, "--classes", "cat,9", "--seed", 9999, "--sampler", "ddim", "--steps", 6,
          "--sample.eta", 0.5, "--guidance", 1.5, "--sample.guidance_interval", "0,0.8",
-         "--sample.clip_x_start", "false")  # fmt: skip
+         "--sample.clip_x_start", "false")
     wanted = {"cat_9999.png", "truck_9999.png", "cat_10000.png", "truck_10000.png"}
     assert names(OUT) == wanted | {"grid.png", "samples.json"}
     facts = json.loads((OUT / "samples.json").read_text())
@@ -133,7 +133,7 @@ def test_facts_agree_everywhere_and_redraw_the_picture(draw, checkpoint):
         "clip_x_start": False, "image_size": 16, "precision": "fp32", "device": "cpu",
         "torch": torch.__version__,
         "classes": ["cat", "truck"], "seeds": [9999, 10000],
-    }  # fmt: skip
+    }
     assert facts == expected == text(OUT / "grid.png")
     del facts["classes"], facts["seeds"]
     assert {picture["file"] for picture in pictures} == wanted
@@ -146,7 +146,7 @@ def test_facts_agree_everywhere_and_redraw_the_picture(draw, checkpoint):
          "--sampler", known["sampler"], "--steps", known["num_inference_steps"],
          "--sample.eta", known["eta"], "--guidance", known["guidance_scale"],
          "--sample.guidance_interval", ",".join(map(str, known["guidance_interval"])),
-         "--sample.clip_x_start", str(known["clip_x_start"]), "--output", "again")  # fmt: skip
+         "--sample.clip_x_start", str(known["clip_x_start"]), "--output", "again")
     # (a level, from float rounding in other batch shapes)
     assert abs(pixels(OUT / "truck_10000.png") - pixels("again/truck_10000.png")).max() <= 1
     assert abs(pixels(OUT / "truck_10000.png") - pixels(OUT / "truck_9999.png")).max() > 1
@@ -166,7 +166,7 @@ def test_settings_left_out_are_the_checkpoints(draw):
 def test_batch_size_does_not_change_pictures(draw, sampler):
     for size in (1, 4, 100):
         said = draw("--samples", 2, "--classes", "0,1,2", "--sampler", sampler, "--guidance", 2,
-                    "--batch-size", size, "--output", f"by_{size}")  # fmt: skip
+                    "--batch-size", size, "--output", f"by_{size}")
         assert f"{size} at a time" in said
         for path in Path("by_1").glob("*.png"):
             assert abs(pixels(path) - pixels(f"by_{size}/{path.name}")).max() <= 1
@@ -288,7 +288,7 @@ def test_trajectory_goes_from_noise_to_the_pictures(draw, monkeypatch):
 
     monkeypatch.setattr(generate_samples.Album, "on_step", noting)
     said = draw("--samples", 2, "--classes", "frog,cat", "--seed", 3, "--steps", 32,
-                "--trajectory", "--grid-only")  # fmt: skip
+                "--trajectory", "--grid-only")
     assert "trajectory.gif" in said
     assert names(OUT) == {"grid.png", "samples.json", "trajectory.png", "trajectory.gif"}
     assert all("file" not in p for p in json.loads((OUT / "samples.json").read_text())["pictures"])

@@ -15,7 +15,7 @@ from gpu_status import Facts, diagnose, format_gpus, query_gpus
 ONE_GPU = "0, NVIDIA H200, 87, 12595, 143771, 45, 350.12\n"
 MIG_GPU = "0, NVIDIA A100-SXM4-40GB, [N/A], 1024, 40960, 33, [Not Supported]\n"
 DRIVER_ERROR = ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
-                "Make sure that the latest NVIDIA driver is installed and running.\n")  # fmt: skip
+                "Make sure that the latest NVIDIA driver is installed and running.\n")
 OLD_HEADER = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |\n"
 NEW_HEADER = "| NVIDIA-SMI 610.43.02  KMD Version: 610.43.02   CUDA UMD Version: 13.3     |\n"
 
@@ -48,7 +48,7 @@ def test_one_gpu(fake_smi):
 
 def test_eight_gpus_are_aligned(fake_smi):
     fake_smi("".join(f"{i}, NVIDIA H100 80GB HBM3 of a long name, {i}0, 1024, 81559, 3{i}, "
-                     f"{i}20.50\n" for i in range(8)))  # fmt: skip
+                     f"{i}20.50\n" for i in range(8)))
     lines = format_gpus(query_gpus()).split("\n")
     assert [line[:6] for line in lines] == [f"GPU {i} " for i in range(8)]
     assert len(set(map(len, lines))) == 1 and len(lines[0]) < 80
@@ -63,7 +63,7 @@ def test_fields_without_a_number(fake_smi):
     (DRIVER_ERROR, 9, "nvidia-smi failed: NVIDIA-SMI has failed because it couldn't"),
     ("No devices were found\n", 0, "No devices were found"),
     ("", 0, "none is listed"),
-])  # fmt: skip
+])
 def test_no_gpu_says_why(fake_smi, csv, status, reason):
     fake_smi(csv, status=status)
     assert query_gpus().startswith(f"No NVIDIA GPU found: {reason}")
@@ -83,7 +83,7 @@ def test_nvidia_smi_is_missing_broken_or_hangs(fake_smi, monkeypatch, tmp_path):
 
 
 BROKEN = {"gpus": [["0", "NVIDIA H200"]], "torch_version": "2.14.1", "torch_cuda": "13.0",
-          "driver_cuda": "13.3", "problem": "error 999"}  # fmt: skip
+          "driver_cuda": "13.3", "problem": "error 999"}
 DIAGNOSES = {
     "torch missing": ({"torch_version": "", "problem": "No module"}, False, "make install`."),
     "works": ({"problem": ""}, True, "Training will use the GPU"),
@@ -101,7 +101,7 @@ DIAGNOSES = {
     "no kernel, old GPU": ({"problem": "CUDA error: no kernel image is"}, False, "whl/cu126"),
     "no kernel, new GPU": (
         {"problem": "CUDA error: no kernel image is", "torch_cuda": "12.6"}, False, "whl/cu130"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DIAGNOSES)
@@ -135,7 +135,7 @@ def run_with_torch(tmp_path, source, *flags):
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}
     script = Path(gpu_status.__file__)
     return subprocess.run([sys.executable, script, *flags], text=True, capture_output=True,
-                          timeout=60, env=environment)  # fmt: skip
+                          timeout=60, env=environment)
 
 
 def test_screen_of_a_working_machine(fake_smi, tmp_path):
@@ -180,7 +180,7 @@ def test_json_says_the_same_to_programs(fake_smi, tmp_path):
 def test_processes_on_the_gpu(fake_smi, tmp_path):
     script = fake_smi(ONE_GPU)
     listed = ("4711, /home/someone/with/a/long/path/to/an/environment/.venv/bin/python, 12595\n"
-              "4712, [Not Found], [N/A]\nNo running processes found\n")  # fmt: skip
+              "4712, [Not Found], [N/A]\nNo running processes found\n")
     (tmp_path / "bin" / "processes").write_text(listed)
     case = f'case "$1" in --query-compute-apps=*) cat {tmp_path}/bin/processes; exit;; esac\n'
     script.write_text(script.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{case}"))

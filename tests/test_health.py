@@ -20,7 +20,7 @@ def records(losses, **more) -> list[dict]:
     """Training records of these mean losses, every quarter at the same loss."""
     return [{"step": 10 * n, "loss": loss, "loss_quarters": [loss] * 4, "grad_norm": 1.0,
              "learning_rate": 1e-4 * min(n, WARMUP), **more}
-            for n, loss in enumerate(losses, start=1)]  # fmt: skip
+            for n, loss in enumerate(losses, start=1)]
 
 
 def falling(count: int) -> list[float]:
@@ -77,7 +77,7 @@ def test_every_noise_level_has_a_word():
 
 def validation(*losses, ema=None) -> list[dict]:
     return [{"step": 100 * n, "loss": loss, "loss_ema": ema or loss}
-            for n, loss in enumerate(losses, start=1)]  # fmt: skip
+            for n, loss in enumerate(losses, start=1)]
 
 
 def test_a_good_validation_finds_nothing():

@@ -93,7 +93,7 @@ def features_and_logits(weights, pictures):
     network = FeatureExtractorInceptionV3(
         module.EXTRACTOR, [module.FEATURES, module.LOGITS],
         feature_extractor_weights_path=str(weights),
-    )  # fmt: skip
+    )
     with torch.no_grad():
         return [layer.double().numpy() for layer in network(pictures)]
 
@@ -102,7 +102,7 @@ def frechet_distance(a, b):
     """With no matrix square root: tr (S_a S_b)^(1/2) is the nuclear norm of A B^T."""
     a_centred, b_centred = (
         (x - x.mean(axis=0)) / math.sqrt(len(x) - 1) for x in (a, b)
-    )  # fmt: skip
+    )
     cross = np.linalg.svd(a_centred @ b_centred.T, compute_uv=False).sum()
     shift = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()
     return shift + (a_centred**2).sum() + (b_centred**2).sum() - 2 * cross
@@ -209,7 +209,7 @@ def test_few_pictures_shrink_what_is_compared(score, count):
     assert result["neighbours"] == min(count - 1, 3)
     assert result["kid_subset_size"] == result["inception_score_splits"] == count
     numbers = [value for value in (*result.values(), *result["floor"].values())
-               if isinstance(value, (int, float))]  # fmt: skip
+               if isinstance(value, (int, float))]
     assert all(math.isfinite(value) for value in numbers)
 
 
@@ -382,7 +382,7 @@ def test_a_file_without_the_weights_is_refused(score, tmp_path):
     victim = tmp_path / "victim"
     contents = {
         "empty": b"", "text": b"no weights", "hostile": pickle.dumps(Hostile(victim), protocol=2),
-    }  # fmt: skip
+    }
     for name, content in contents.items():
         path.write_bytes(content)
         with pytest.raises(InceptionUnavailable, match="damaged or something else") as caught:

@@ -29,7 +29,7 @@ def make(*arguments, folder=ROOT, environment={}) -> subprocess.CompletedProcess
     return subprocess.run(
         ["make", *arguments], cwd=folder, env={**clean, **environment}, capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_variables_reach_the_config(target, copy):
         "-s", target, f"PYTHON={sys.executable}", "EPOCHS=3", "BATCH_SIZE=5", "SEED=7", "SAMPLES=2",
         "DEVICE=cpu", "DATA_DIR=/a folder/it's", "ARGS=--dry-run --train.learning_rate 3e-4",
         folder=copy,
-    )  # fmt: skip
+    )
     config = json.JSONDecoder().raw_decode(result.stdout)[0]
     assert config["train"]["epochs"] == 3 and config["train"]["batch_size"] == 5
     assert config["train"]["seed"] == 7 and config["train"]["learning_rate"] == 3e-4
@@ -80,7 +80,7 @@ def test_generate_hands_its_variables_on():
         "-n", "generate", f"PYTHON={sys.executable}", "CHECKPOINT=my run/a.pt", "CLASSES=cat,dog",
         "GUIDANCE=2", "STEPS=50", "SAMPLES=3", "SEED=1", "SAMPLER=ddim", "OUTPUT=my pictures",
         "GRID=1", "TRAJECTORY=1",
-    )  # fmt: skip
+    )
     command = result.stdout.splitlines()[-1]
     assert "generate_samples.py 'my run/a.pt'" in re.sub(" +", " ", command)
     for flag in ("--classes='cat,dog'", "--guidance='2'", "--steps='50'", "--samples='3'",
@@ -90,17 +90,17 @@ def test_generate_hands_its_variables_on():
 
 def test_several_gpus_go_through_the_launcher():
     result = make("-n", "train", f"PYTHON={sys.executable}", "GPUS=8", "NODES=2", "NODE_RANK=1",
-                  "RENDEZVOUS=first:29500", "RESTARTS=3", "EPOCHS=2")  # fmt: skip
+                  "RENDEZVOUS=first:29500", "RESTARTS=3", "EPOCHS=2")
     command = re.sub(" +", " ", result.stdout.splitlines()[-1])
     assert ("launch.py --gpus='8' --nodes='2' --node-rank='1' --rendezvous='first:29500' "
-            "--restarts='3' train_model.py --full") in command  # fmt: skip
+            "--restarts='3' train_model.py --full") in command
     assert "--epochs='2'" in command
     for target in ("train", "overfit", "quick-test", "generate", "evaluate"):
         alone = make("-n", target, f"PYTHON={sys.executable}").stdout
         assert "launch.py" not in alone, target
         assert "launch.py --gpus='all'" in make(
             "-n", target, f"PYTHON={sys.executable}", "GPUS=all"
-        ).stdout, target  # fmt: skip
+        ).stdout, target
     alone = make("-n", "train", f"PYTHON={sys.executable}", "RESTARTS=2").stdout
     assert "launch.py --gpus 1 --restarts='2'" in re.sub(" +", " ", alone)
 
@@ -111,7 +111,7 @@ def test_what_make_does_not_know_is_refused():
         ("train", "STEPS=9", "no variable STEPS"),
         ("train", "FRESH=y", "FRESH=y is neither"), ("generate", "GRID=2", "GRID=2 is neither"),
         ("status", "RUN=checkpoints", "no variable RUN"), ("help", "SEED=1", "no variable SEED"),
-    ):  # fmt: skip
+    ):
         result = make("-n", target, f"PYTHON={sys.executable}", word)
         assert result.returncode != 0 and said in result.stderr
     for value, given in (("1", True), ("yes", True), ("0", False), ("false", False)):
@@ -119,7 +119,7 @@ def test_what_make_does_not_know_is_refused():
         assert ("--fresh" in command) == given
     # Some clusters set this for purposes of their own.
     assert "launch.py" not in make("-n", "train", f"PYTHON={sys.executable}",
-                                   environment={"NODE_RANK": "1"}).stdout  # fmt: skip
+                                   environment={"NODE_RANK": "1"}).stdout
     # launch.py says what is missing.
     assert "launch.py" in make("-n", "train", f"PYTHON={sys.executable}", "NODE_RANK=1").stdout
     assert "\n'/a/python' run_status.py" in make("-n", "status", "PYTHON=/a/python").stdout
@@ -136,7 +136,7 @@ def test_every_target_takes_the_variables_of_its_recipe():
             recipe += flags.get(name, "")  # those of the test suite are fixed
         used = VARIABLES & set(re.findall(r"(?:flag,|switch,|\$\()([A-Z_]+)", recipe))
         values = [f"{name}={1 if name in ('FRESH', 'GRID', 'TRAJECTORY', 'CONFIRM') else 'x'}"
-                  for name in used | {"PYTHON", "DATA_DIR"}]  # fmt: skip
+                  for name in used | {"PYTHON", "DATA_DIR"}]
         assert make("-n", target, *values).returncode == 0, (target, used)
     assert make("-n", "train", "evaluate", "PYTHON=x", "EPOCHS=1", "SWEEP=1,2").returncode == 0
     assert make("-n", "clean", "ARGS=").returncode == 0, "an empty value asks for nothing"
@@ -147,11 +147,11 @@ def test_evaluate_hands_its_variables_on():
         "-n", "evaluate", f"PYTHON={sys.executable}", "PICTURES=my pictures", "SWEEP=1,2",
         "STEPS=9", "SAMPLES=3", "SEED=1", "SAMPLER=ddim", "DATASET=pictograms",
         "OUTPUT=my scores", "ARGS=--no-inception",
-    )  # fmt: skip
+    )
     command = result.stdout.splitlines()[-1]
     for flag in ("evaluate_samples.py", "--pictures='my pictures'", "--sweep='1,2'", "--steps='9'",
                  "--samples='3'", "--seed='1'", "--sampler='ddim'", "--dataset='pictograms'",
-                 "--output='my scores'", "--no-inception"):  # fmt: skip
+                 "--output='my scores'", "--no-inception"):
         assert flag in command
 
 
@@ -159,7 +159,7 @@ def test_evaluation_goes_on_where_its_extra_packages_cannot_be_had(copy):
     (copy / ".venv" / "bin").mkdir(parents=True)
     python = copy / ".venv" / "bin" / "python"
     python.write_text("#!/bin/sh\ncase $* in *requirements-eval.txt*) exit 1;; esac\n"
-                      "echo called $@ >> calls\n")  # fmt: skip
+                      "echo called $@ >> calls\n")
     python.chmod(0o755)
     result = make("evaluate", folder=copy)
     assert result.returncode == 0 and "no FID this time" in result.stderr
@@ -197,7 +197,7 @@ def test_an_old_python_is_named(copy, tmp_path, target):
     old = tmp_path / "old-python"
     pretended = "import sys; sys.version_info = (3, 9)"
     old.write_text('#!/bin/sh\n[ "$1" = -c ] || exit 99\n'
-                   f'exec {sys._base_executable} -c "{pretended}; $2"\n')  # fmt: skip
+                   f'exec {sys._base_executable} -c "{pretended}; $2"\n')
     old.chmod(0o755)
     result = make(target, f"BASE_PYTHON={old}", folder=copy)
     assert result.returncode == 2
@@ -240,7 +240,7 @@ def test_torch_is_one_that_the_product_supports():
 
 def test_clean_removes_runs_only_after_listing_them(copy):
     for name in ("checkpoints_demo/a.pt", "generated_images/grid.png", "data/mine/cat.png",
-                 "data/prepared/x/info.json", "checkpoints/best.pt"):  # fmt: skip
+                 "data/prepared/x/info.json", "checkpoints/best.pt"):
         path = copy / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")

@@ -67,7 +67,7 @@ def test_resolution_shift_moves_log_snr_by_a_constant(image_size, reference_size
     # The ratio of the two SNRs keeps its precision in the snr table: (reference / image)^2.
     ratio = shifted.snr.double() / plain.exp()
     assert_close(ratio, torch.full_like(ratio, (reference_size / image_size) ** 2),
-                 rtol=1e-6, atol=0)  # fmt: skip
+                 rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"image_size": 64, "reference_size": 64}])
@@ -82,7 +82,7 @@ def test_forward_process_and_targets_on_numbers_done_by_hand():
     scheduler = CosineNoiseScheduler(2)
     for name, values in {
         "sqrt_alphas_cumprod": (0.8, 0.6), "sqrt_one_minus_alphas_cumprod": (0.6, 0.8),
-    }.items():  # fmt: skip
+    }.items():
         getattr(scheduler, name).copy_(torch.tensor(values))
     x_start = torch.tensor([1.0, -0.5]).view(2, 1, 1, 1)
     noise = torch.tensor([2.0, 1.0]).view(2, 1, 1, 1)
@@ -106,7 +106,7 @@ def test_x_start_comes_back_from_x_t_and_target(prediction_type):
     # 1 / sqrt(1 - abar) <= 156 for sample at t = 0: 156 * 6e-8 * |x_t| < 1e-4.
     assert_close(scheduler.predict_x_start(target, x_t, t), x_start, rtol=0, atol=1e-4)
     expected = {"epsilon": noise, "sample": x_start,
-                "v_prediction": scheduler.get_velocity(x_start, noise, t)}  # fmt: skip
+                "v_prediction": scheduler.get_velocity(x_start, noise, t)}
     assert_close(target, expected[prediction_type], rtol=0, atol=0)
 
 
@@ -158,7 +158,7 @@ def test_agrees_with_diffusers():
     theirs = diffusers.DDPMScheduler(
         num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
         clip_sample=False, variance_type="fixed_small",
-    )  # fmt: skip
+    )
     ours = CosineNoiseScheduler(1000)
     # Theirs is a float32 product of 1000 factors, good to about 1000 * 6e-8.
     assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-4, atol=1e-6)

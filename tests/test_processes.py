@@ -100,7 +100,7 @@ def test_without_a_launcher_processes_find_each_other_by_the_environment(tmp_pat
                          stderr=subprocess.STDOUT,
                          env=os.environ | {"WORLD_SIZE": "2", "RANK": str(rank)})
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     leader, other = (process.communicate(timeout=120)[0] for process in started)
     assert [process.returncode for process in started] == [0, 0], leader + other
     assert "waiting for 2 processes" in leader and "cpu in 2 processes" in leader
@@ -134,7 +134,7 @@ def test_a_launcher_that_is_gone_is_not_waited_for_forever(monkeypatch, free_por
      "NCCL error in: a.cpp:1, remote process exited, NCCL 2"),
     (torch.distributed.DistBackendError("NCCL error in: a.cpp:1, invalid usage\n"
                                         "ncclInvalidUsage: Duplicate GPU detected"), ""),
-])  # fmt: skip
+])
 def test_the_loss_of_another_is_told_from_own_troubles(error, said):
     assert processes.loss_of_another(error) == said
 
@@ -149,7 +149,7 @@ def build_engine(group: Processes) -> tuple[TrainingEngine, TrainingBatches]:
         if not parameter.any():
             parameter.data.normal_(std=0.1)
     engine = TrainingEngine(model, scheduler, total_steps=STEPS, learning_rate=1e-3,
-                            max_skipped_steps=0, processes=group)  # fmt: skip
+                            max_skipped_steps=0, processes=group)
     batches = TrainingBatches(splits["train"], DataConfig(image_size=16), 10, 0, "cpu", group.share)
     return engine, batches
 
@@ -191,7 +191,7 @@ def compile_in_the_first_of_two(group: Processes) -> tuple[bool, dict]:
 def wish_differently(joined: Processes) -> list[list[bool]]:
     """Answers to one wish of the second process, then one of the first, and what was left open."""
     return [joined.agree(joined.rank == 1, False), joined.agree(False, joined.leads),
-            joined.answers()]  # fmt: skip
+            joined.answers()]
 
 
 def work(task, rank: int, world_size: int, folder: Path, options: dict) -> None:
@@ -222,7 +222,7 @@ def together(context, tmp_path):
             torch.save(options["saved"], tmp_path / "saved.pt")
             options["saved"] = tmp_path / "saved.pt"
         started = [context.Process(target=work, args=(task, rank, world_size, tmp_path, options))
-                   for rank in range(world_size)]  # fmt: skip
+                   for rank in range(world_size)]
         for process in started:
             process.start()
         for process in started:
@@ -241,7 +241,7 @@ def assert_same_training(found, expected) -> None:
         # rounding, so that single weights may differ by more than the rest.
         way, apart = (torch.cat([(a[name] - b[name]).flatten() for name in start]).norm()
                       for a, b in ((expected_state[part], start),
-                                   (state[part], expected_state[part])))  # fmt: skip
+                                   (state[part], expected_state[part])))
         assert way > 0.1 and apart < 1e-3 * way, f"{part}: {apart / way:.2g}"
     for name in ("step", "images_seen", "skipped_steps"):
         assert metrics[name] == expected_metrics[name]
@@ -315,7 +315,7 @@ def test_parts_are_agreed_on_before_training_and_lacking_later_ends_the_run(monk
 @pytest.mark.parametrize("error, may_pass", [
     (CheckpointError("damaged"), False), (WriteError("the disk is full"), True),
     (OutOfMemory("out of memory"), True), (processes.NoMeeting("nobody came"), False),
-])  # fmt: skip
+])
 def test_only_what_may_pass_is_tried_again(tmp_path, monkeypatch, capsys, error, may_pass):
     monkeypatch.setenv(LAUNCH_FOLDER, str(tmp_path))
 
@@ -357,18 +357,18 @@ def launch(folder: Path, *arguments, gpus: int = 2, **environment) -> subprocess
     return subprocess.Popen(
         command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    )
 
 
 TRAIN = [ROOT / "train_model.py", "--full", *PICTOGRAMS, "--samples", "10", "--batch-size", "10",
-         "--train.save_every", "5", "--train.log_every", "5"]  # fmt: skip
+         "--train.save_every", "5", "--train.log_every", "5"]
 
 
 def workers(launcher: subprocess.Popen) -> list[int]:
     """The processes of a launcher, in the order of their ranks."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     of_training = [pid for pid in map(int, children)
-                   if b"train_model.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+                   if b"train_model.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return sorted(
         of_training,
         key=lambda pid: b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes(),
@@ -389,7 +389,7 @@ def test_pictures_and_scores_are_those_of_one_process(tmp_path):
     drawn = {}
     for gpus in (1, 2):
         done = launch(tmp_path, ROOT / "generate_samples.py", "--samples", "3", "--batch-size", "5",
-                      "--output", f"by_{gpus}", "--device", "cpu", gpus=gpus)  # fmt: skip
+                      "--output", f"by_{gpus}", "--device", "cpu", gpus=gpus)
         said = done.communicate(timeout=120)[0]
         assert done.returncode == 0, said
         assert said.count("grid: ") == 1
@@ -405,11 +405,11 @@ def test_pictures_and_scores_are_those_of_one_process(tmp_path):
     for gpus in (1, 2):
         done = launch(tmp_path, ROOT / "evaluate_samples.py", "--samples", "3", "--no-inception",
                       "--batch-size", "5", "--device", "cpu", "--output", f"scores_{gpus}",
-                      "--dataset", "cifar10", "--data-dir", "pictures", gpus=gpus)  # fmt: skip
+                      "--dataset", "cifar10", "--data-dir", "pictures", gpus=gpus)
         said = done.communicate(timeout=120)[0]
         assert done.returncode == 0, said
     one, two = (json.loads((tmp_path / f"scores_{gpus}" / "scores.jsonl").read_text())
-                for gpus in (1, 2))  # fmt: skip
+                for gpus in (1, 2))
     assert one["n"] == two["n"] == 30
     assert one["colour"] == two["colour"] and one["agreement"] == two["agreement"]
 
@@ -540,7 +540,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(tmp_path):
     (["--batch-size", "1"], "too small for 2 processes"),
     (["--train.learning_rate", "fast"], "train.learning_rate"),
     (["--epoch", "3"], "'--epochs'"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_clear_sentence(tmp_path, arguments, word):
     launcher = launch(tmp_path, "--restarts", "2", *TRAIN, *arguments)
     said = launcher.communicate(timeout=120)[0]
@@ -559,7 +559,7 @@ def test_a_mistake_is_one_clear_sentence(tmp_path, arguments, word):
     (["--nodes", "2", "--rendezvous", "first:99999"], "'first:99999'"),
     (["--nodes", "2", "--rendezvous", "nowhere.invalid:29500"], "cannot be looked up"),
     (["--nodes", "2", "--node-rank", "2", "--rendezvous", "127.0.0.1:29500"], "--node-rank"),
-])  # fmt: skip
+])
 def test_a_mistake_of_the_launch_is_one_clear_sentence(tmp_path, flags, word):
     launcher = launch(tmp_path, *flags, *TRAIN, gpus=1)
     said = launcher.communicate(timeout=120)[0]

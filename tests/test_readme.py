@@ -25,12 +25,12 @@ ARGUMENTS = {
     "make evaluate": "--no-inception --samples 2",
     "make doctor": TINY, "make bench": f"{SHORT[: SHORT.index(' --diffusion')]} --rounds 1",
     "make check": "--collect-only", "python train_model.py": SHORT,
-}  # fmt: skip
+}
 PLAIN = {
     "make data", "make report", "make generate", "make status", "make monitor", "make gpu-status",
     "make install", "make clean", "make clean-all", "make clean-cuda",
     "python generate_samples.py", "ruff check",
-}  # fmt: skip
+}
 
 
 def commands() -> list[str]:
@@ -46,7 +46,7 @@ def repository(tmp_path_factory) -> Path:
     """A copy of the product beside twenty pictures."""
     folder = tmp_path_factory.mktemp("repository")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.md"), ROOT / "Makefile",
-                 ROOT / "ruff.toml"]:  # fmt: skip
+                 ROOT / "ruff.toml"]:
         shutil.copy(path, folder)
     for name in ("conditional_diffusion", "tests"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -82,7 +82,7 @@ def test_command(command, repository, monkeypatch):
     done = subprocess.run(
         command, shell=True, cwd=repository, env=os.environ | {"CONFIRM": "yes"},
         capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     said = done.stdout + done.stderr
     if "overfit" in command or "make test" in command:  # one epoch memorises nothing
         assert done.returncode != 0 and "FAIL: every class must be right" in said, said

@@ -59,7 +59,7 @@ def page_of(folder: Path) -> Page:
 def run(call) -> Path:
     """A small run that drew two grids."""
     flags = ["--full", *PICTOGRAMS, "--samples", 4, "--batch-size", 10, "--epochs", 2,
-             "--train.sample_every", 5, "--train.weight_decay", 0.125]  # fmt: skip
+             "--train.sample_every", 5, "--train.weight_decay", 0.125]
     status, said = call(train_model, *flags)
     assert status == 0 and "report: checkpoints/report.html" in said
     return Path("checkpoints")
@@ -70,7 +70,7 @@ def test_a_run_writes_its_own_page(run):
     assert list(page.sections) == [
         "", "Facts", "Warnings", "Samples through training", "Curves", "Scores", "Commands",
         "Settings",
-    ]  # fmt: skip
+    ]
     facts = page.sections["Facts"]
     assert "finished" in facts and "8 of 8" in facts and "images seen 80" in facts
     assert re.search(r"threads, torch [\d.]+.*, Python 3", facts)
@@ -87,7 +87,7 @@ def test_scores_warnings_and_a_death_are_told(run):
     (run / "evaluation").mkdir()
     score = {"step": 8, "sampler": "ddim", "num_inference_steps": 9, "guidance_scale": 2.0, "n": 7,
              "agreement": 0.25, "frechet_distance": 12.5, "frechet_distance_floor": 0.5,
-             "inception": {"fid": 33.25}}  # fmt: skip
+             "inception": {"fid": 33.25}}
     (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score) + '\n{"step": 8, "sam')
     warning = {"kind": "warning", "step": 3, "message": "loss <b>jumps</b>"}
     with open(run / "metrics.jsonl", "a") as file:
@@ -97,10 +97,10 @@ def test_scores_warnings_and_a_death_are_told(run):
     page = page_of(run)
     assert "8 ddim, 9 steps 2.0 7 25.0% 12.5 (held-out 0.5) 33.25" in page.sections["Scores"]
     score |= {"weights": "raw", "guidance_interval": [0.2, 0.8], "n_floor": 4,
-              "frechet_distance_at_n_floor": 13.5}  # fmt: skip
+              "frechet_distance_at_n_floor": 13.5}
     (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score))
     assert ("8 ddim, 9 steps, raw weights 2.0 in 0.2 to 0.8 7 25.0% 12.5 (of 4 13.5, held-out 0.5)"
-            in page_of(run).sections["Scores"])  # fmt: skip
+            in page_of(run).sections["Scores"])
     assert "step 3 loss <b>jumps</b>" in page.sections["Warnings"]  # as text, not as an element
     assert "state died" in page.sections["Facts"]
 
@@ -136,7 +136,7 @@ def test_many_grids_are_thinned_out_evenly(tmp_path):
 
 def test_time_in_training_is_images_over_speed():
     train = [{"images_seen": 3600, "images_per_second": 1.0},
-             {"images_seen": 10_800, "images_per_second": 4.0}]  # fmt: skip
+             {"images_seen": 10_800, "images_per_second": 4.0}]
     assert training_hours(train) == pytest.approx(1.5)
 
 
@@ -187,9 +187,9 @@ def test_the_slider_works_in_a_real_browser(run, monkeypatch):
 
 def test_facts_say_which_loss_is_which():
     train = [{"step": 9, "images_seen": 90, "images_per_second": 1.0, "loss": 0.5,
-              "loss_quarters": [0.1, 0.2, 0.3, 0.4], "learning_rate": 1.0}]  # fmt: skip
+              "loss_quarters": [0.1, 0.2, 0.3, 0.4], "learning_rate": 1.0}]
     validation = [{"step": 4, "loss": 0.45, "loss_ema": 0.25},
-                  {"step": 8, "loss": 0.4, "loss_ema": 0.3}]  # fmt: skip
+                  {"step": 8, "loss": 0.4, "loss_ema": 0.3}]
     page = report.facts_section({}, train, validation)
     assert "0.4, EMA 0.3; best EMA 0.25 at step 4" in page
     assert re.search(r"0\.1 .*0\.2 .*0\.3 .*0\.4 .*from least", page)

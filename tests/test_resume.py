@@ -26,7 +26,7 @@ ARGUMENTS = [
     "--sample.num_inference_steps", "5", "--sample.grid_steps", "2",
     "--train.validation_images", "10", "--train.save_every", "2", "--train.log_every", "5",
     "--train.validate_every", "6", "--train.sample_every", "12",
-]  # fmt: skip
+]
 
 
 def train(folder: Path, slow_writes: bool) -> None:
@@ -70,7 +70,7 @@ def wait_until_it_trains(process, folder: Path) -> None:
 def losses(folder: Path) -> list[tuple]:
     records = read_metrics(folder / "checkpoints")
     return [(r["kind"], r["step"], r["loss"], r.get("grad_norm")) for r in records
-            if r["kind"] in ("train", "validation")]  # fmt: skip
+            if r["kind"] in ("train", "validation")]
 
 
 def test_killed_twenty_times_the_run_ends_bit_for_bit_the_same(tmp_path, processes):

@@ -29,12 +29,12 @@ def train(step, **changes):
     return {"kind": "train", "step": step, "epoch": step / 50, "loss": 1 / step,
             "loss_quarters": [0.1, 0.05, None, 0.01], "learning_rate": 1e-3, "grad_norm": 0.5,
             "images_seen": 4 * step, "images_per_second": 7.5,
-            "time": NOW - 1000 + step} | changes  # fmt: skip
+            "time": NOW - 1000 + step} | changes
 
 
 def validation(step, loss):
     return {"kind": "validation", "step": step, "epoch": step / 50, "loss": loss,
-            "loss_ema": 0.018, "time": NOW - 1000 + step}  # fmt: skip
+            "loss_ema": 0.018, "time": NOW - 1000 + step}
 
 
 def write_run(root, mode="full", records=(), **changes):
@@ -43,7 +43,7 @@ def write_run(root, mode="full", records=(), **changes):
     folder.mkdir(parents=True, exist_ok=True)
     info = {"mode": mode, "pid": 1, "host": "here", "started": NOW - 7200, "device": "cpu",
             "total_steps": 5000, "steps_per_epoch": 50, "state": "running", "ended": None,
-            "command": "python train_model.py"} | changes  # fmt: skip
+            "command": "python train_model.py"} | changes
     (folder / "run.json").write_text(json.dumps(info))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (folder / "run.lock").touch()
@@ -80,7 +80,7 @@ def screen_of(root, gpus="No NVIDIA GPU found: test", width=80, height=24):
 
 def run_script(*arguments, **environment):
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], text=True, timeout=60,
-                          capture_output=True, env=os.environ | environment)  # fmt: skip
+                          capture_output=True, env=os.environ | environment)
 
 
 # --- The state of a run ----------------------------------------------------------------------
@@ -188,10 +188,10 @@ def test_runs_come_in_order_and_quick_test_does_not_make_an_overfit_run(tmp_path
 def test_numbers_of_the_status(tmp_path):
     records = [train(100, loss=float("nan")), train(200, loss=0.25), validation(200, 0.02),
                train(300, loss=0.3), train(400, loss=float("nan")),
-               validation(400, 0.03)]  # fmt: skip
+               validation(400, 0.03)]
     folder = write_run(tmp_path, state="finished", ended=NOW - 90_000, records=records)
     files = [("checkpoint_00000200.pt", 3 * 2**20, 7200), ("checkpoint_00000100.pt", 2**20, 10_800),
-             *((f"samples/{i}.png", 1, 50 + abs(i - 5)) for i in range(9))]  # fmt: skip
+             *((f"samples/{i}.png", 1, 50 + abs(i - 5)) for i in range(9))]
     for name, size, age in files:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -239,7 +239,7 @@ def test_needs_no_torch_and_no_terminal(tmp_path):
     write_run(tmp_path, records=[train(10)])
     for command in ("status", "monitor"):
         done = run_script(command, "--root", tmp_path, PYTHONPATH=str(tmp_path),
-                          PYTHONIOENCODING="ascii")  # fmt: skip
+                          PYTHONIOENCODING="ascii")
         assert (done.returncode, done.stderr) == (0, "")
         assert "step 10 of 5000" in done.stdout
 
@@ -307,7 +307,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, "monitor", "--root", root], stdin=self.slave,
             stdout=self.slave, stderr=self.slave, start_new_session=True,
-            env=os.environ | {"TERM": "xterm"})  # fmt: skip
+            env=os.environ | {"TERM": "xterm"})
         self.seen = ""
 
     def wait_for(self, text, seconds=40):
@@ -332,7 +332,7 @@ def terminal(tmp_path):
 
 
 @pytest.mark.parametrize("how, status", [(b"q", 0), (b"\x03", 0), (signal.SIGINT, 128 + 2),
-                                         (signal.SIGTERM, 128 + 15)])  # fmt: skip
+                                         (signal.SIGTERM, 128 + 15)])
 def test_monitor_restores_the_terminal(terminal, how, status):
     terminal.wait_for("Waiting for a training run")
     terminal.wait_for("GPU")  # the end of the screen

@@ -196,7 +196,7 @@ def test_last_step_returns_the_predicted_image(schedule, sampler_class):
         ("ddim", 1.0, 100, 0.05), ("dpm-solver++", 0.0, 100, 0.005),
         ("dpm-solver++", 0.0, 10, 0.15),
     ],
-)  # fmt: skip
+)
 def test_samples_have_mean_and_std_of_gaussian_data(
     schedule, prediction_type, method, eta, steps, bias
 ):
@@ -209,7 +209,7 @@ def test_samples_have_mean_and_std_of_gaussian_data(
     images = sampler.sample(
         GaussianDenoiser(scheduler, mean, std), torch.zeros(4, dtype=torch.long), (1, 64, 64),
         range(4),
-    ).double()  # fmt: skip
+    ).double()
     abar = scheduler.alphas_cumprod_float64.tolist()
     exact_mean, exact_std = exact_mean_and_std(method, eta, abar, sampler.timesteps, mean, std)
     # Five standard errors of the n = 16384 independent pixels.
@@ -269,7 +269,7 @@ def diffusers_scheduler(name, scheduler, **options):
     return getattr(diffusers, name)(
         num_train_timesteps=scheduler.num_train_timesteps,
         trained_betas=scheduler.betas.tolist(), prediction_type="v_prediction", **options,
-    )  # fmt: skip
+    )
 
 
 def test_schedule_agrees_with_diffusers(schedule):
@@ -310,7 +310,7 @@ def test_dpm_solver_chain_agrees_with_diffusers(schedule, steps):
     peer = diffusers_scheduler(
         "DPMSolverMultistepScheduler", scheduler, algorithm_type="dpmsolver++", solver_order=2,
         solver_type="midpoint", final_sigmas_type="zero", lower_order_final=True,
-    )  # fmt: skip
+    )
     sampler = DPMSolverSampler(scheduler, num_inference_steps=steps, clip_x_start=False)
     peer.set_timesteps(timesteps=sampler.timesteps)
     model = GaussianDenoiser(scheduler, 0.6, 0.4)
@@ -441,7 +441,7 @@ def test_nothing_but_the_predicted_image_is_clipped(schedule, sampler_class):
         sampler_class(scheduler, num_inference_steps=10, clip_x_start=clip).sample(
             Constant(0.9), torch.tensor([0]), (1, 32, 32), [0],
             callback=lambda done, x_t, x_start, steps=steps: steps.append((done, x_t.clone())),
-        )  # fmt: skip
+        )
     assert [done for done, _ in trajectories[True]] == list(range(1, 11))
     for (_, clipped), (_, free) in zip(trajectories[True], trajectories[False]):
         assert torch.equal(clipped, free)

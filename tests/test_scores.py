@@ -89,7 +89,7 @@ def test_a_copy_is_much_nearer_than_its_neighbourhood():
         [0.9, 1.0, 1.0, 1.0],  # an ordinary place
         [0.1, 0.1, 0.1, 0.1],  # near to all of a dense place
         [0.0, 1.0, 1.0, 1.0],
-    ])  # fmt: skip
+    ])
     index = torch.zeros(4, 4, dtype=torch.long)
     assert near_copies(Neighbours(index, distances)).tolist() == [True, False, False, True]
 

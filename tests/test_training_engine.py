@@ -95,7 +95,7 @@ def test_all_optimizers_step_at_the_scheduled_learning_rate(schedule, tiny_model
     engine = engine_for(
         tiny_model(), schedule(), total_steps=9, learning_rate=2.0, warmup_steps=4,
         final_lr_fraction=0.1,
-    )  # fmt: skip
+    )
     applied = [[] for _ in engine.optimizers]
     for optimizer, rates in zip(engine.optimizers, applied):
         optimizer.register_step_pre_hook(
@@ -111,7 +111,7 @@ def test_all_optimizers_step_at_the_scheduled_learning_rate(schedule, tiny_model
 def test_every_weight_belongs_to_one_optimizer(schedule, tiny_model, optimizer, kinds):
     engine = engine_for(tiny_model(), schedule(), optimizer=optimizer)
     weights = [id(weight) for each in engine.optimizers for group in each.param_groups
-               for weight in group["params"]]  # fmt: skip
+               for weight in group["params"]]
     assert sorted(weights) == sorted(map(id, engine.model.parameters()))
     assert len(engine.optimizers) == kinds
     with pytest.raises(ValueError, match="'sgd' is unknown"):
@@ -293,7 +293,7 @@ def test_one_batch_can_be_overfitted(schedule, tiny_model):
     engine = engine_for(
         model, schedule(), total_steps=120, learning_rate=1e-2, warmup_steps=5,
         final_lr_fraction=0.05, class_dropout_prob=0.0, min_snr_gamma=0.0,
-    )  # fmt: skip
+    )
     # White pictures, about which the linear guess knows nothing.
     x_start = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(4)
@@ -540,7 +540,7 @@ def out_of_memory_above(model, largest: int, error: Exception):
      RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
      RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
      RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")],
-)  # fmt: skip
+)
 def test_out_of_memory_splits_the_batch_with_the_same_gradients(
     schedule, awake_model, error, caplog
 ):
@@ -616,7 +616,7 @@ def test_five_steps_saved_and_five_more_are_ten_steps_bit_for_bit(
             tiny_model(model_seed, dropout=0.3), schedule(), learning_rate=1e-2, warmup_steps=3,
             final_lr_fraction=0.1, weight_decay=0.1, class_dropout_prob=0.5,
             ema_halflife_images=20, ema_rampup_ratio=0.5, seed=5, optimizer=optimizer,
-        )  # fmt: skip
+        )
 
     batches = [images(4, seed) for seed in range(10)]
     whole = new_engine(0)
@@ -714,7 +714,7 @@ def test_no_training_step_waits_for_the_gpu(tiny_model, schedule, dtype):
     batches = TrainingBatches(
         Split(torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8), torch.arange(20) % 10),
         DataConfig(image_size=16), 4, 0, "cuda",
-    ).starting_at(0)  # fmt: skip
+    ).starting_at(0)
     engine.train_step(*next(batches))  # the first one loads kernels
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -21,9 +21,9 @@ from training_monitor import (
 
 ROOT = Path(__file__).parents[1]
 FACTS = {"mode": "demo", "device": "cpu", "machine": "test", "total_steps": 100,
-         "steps_per_epoch": 10, "command": "python train_model.py --demo"}  # fmt: skip
+         "steps_per_epoch": 10, "command": "python train_model.py --demo"}
 RECORD = {"loss": 0.5, "loss_quarters": [0.1, None, 0.3, 0.4], "grad_norm": 1.0,
-          "learning_rate": 1e-3, "images_per_second": 9.0, "images_seen": 4}  # fmt: skip
+          "learning_rate": 1e-3, "images_per_second": 9.0, "images_seen": 4}
 
 
 def test_records_are_appended_and_cut_on_resume(tmp_path):
@@ -112,7 +112,7 @@ def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
 def test_a_reader_that_is_gone_does_not_end_the_run():
     """As `make train | tee log`, where tee dies of the same Ctrl-C that the run saves after."""
     code = ("import os; from training_monitor import say; os.read(0, 1); say('one'); say('two'); "
-            "os.write(2, b'saved')")  # fmt: skip
+            "os.write(2, b'saved')")
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as run:
         run.stdout.close()
@@ -121,10 +121,10 @@ def test_a_reader_that_is_gone_does_not_end_the_run():
 
 def test_a_full_disk_under_the_log_does_not_end_the_run():
     code = ("import os; from training_monitor import say; say('one'); say('two'); "
-            "os.write(2, b'saved')")  # fmt: skip
+            "os.write(2, b'saved')")
     with open("/dev/full", "w") as full:
         run = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
-                             cwd=ROOT, text=True)  # fmt: skip
+                             cwd=ROOT, text=True)
     assert run.returncode == 0 and run.stderr.count("cannot be written") == 1
     assert "No space left" in run.stderr and run.stderr.endswith("saved")
 
@@ -211,7 +211,7 @@ def test_curves_mark_where_a_run_was_continued(tmp_path):
     training_monitor.draw_curves(train, tmp_path / "whole.png")
     training_monitor.draw_curves([*train, {"kind": "resume", "step": 9}], tmp_path / "broken.png")
     whole, broken = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"), dtype=int)
-                     for name in ("whole", "broken"))  # fmt: skip
+                     for name in ("whole", "broken"))
     # A dotted line makes columns that differ over most of a panel's height; the label only a few.
     rows = (abs(whole - broken) > 20).sum(0)
     assert (rows > 0.2 * whole.shape[0]).sum() >= 3  # one in each column of panels

@@ -21,7 +21,7 @@ SMALL = {
     "model.channel_mult": (1, 2), "model.num_res_blocks": (1, 1), "model.attention_sizes": (4,),
     "diffusion.num_train_timesteps": 50, "sample.num_inference_steps": 5, "sample.grid_steps": 3,
     "train.batch_size": 10,
-}  # fmt: skip
+}
 
 
 class Notes:
@@ -44,7 +44,7 @@ def splits() -> dict[str, Split]:
         name: Split(torch.randint(256, (n, 3, 16, 16), generator=generator).byte(),
                     torch.arange(n) * 10 // n)
         for name, n in (("train", 40), ("test", 20))
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_every_setting_reaches_the_engine(make_run):
         "diffusion__min_snr_gamma": 8.0, "train__ema_halflife_images": 9,
         "train__ema_rampup_ratio": 0.11, "train__max_skipped_steps": 12, "train__seed": 13,
         "train__optimizer": "adamw",
-    }  # fmt: skip
+    }
     engine = make_run(**changes, train__epochs=3, train__precision="bf16").engine
     for name, value in changes.items():
         assert getattr(engine, name.split("__")[1]) == value, name
@@ -79,7 +79,7 @@ def test_the_largest_batch_leaves_room_for_what_comes_after_it(make_run, splits,
     monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: 8)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: held.append(
-        (size, options.get("dtype"))) or empty(*size, **options))  # fmt: skip
+        (size, options.get("dtype"))) or empty(*size, **options))
     model = make_run(train__batch_size=0).model
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert ((3 * weights + splits["train"].images.nbytes,), torch.uint8) in held
@@ -115,7 +115,7 @@ def test_validation_losses_are_of_the_named_weights_and_labels(make_run):
 
     ema = run.engine.ema_model
     expected = {"loss": loss_of(run.model, labels), "loss_ema": loss_of(ema, labels),
-                "loss_null": loss_of(ema, torch.full_like(labels, 10))}  # fmt: skip
+                "loss_null": loss_of(ema, torch.full_like(labels, 10))}
     (record,) = run.monitor.validations
     assert len(set(expected.values())) == 3
     assert {name: record[name] for name in expected} == expected
@@ -167,7 +167,7 @@ def test_hours_minutes_and_the_number_of_checkpoints(make_run, tmp_path, monkeyp
     monkeypatch.setattr(training_run.time, "monotonic", lambda: now[0])
     never = {f"train__{what}_every": 999 for what in ("log", "validate", "sample", "save")}
     run = make_run(train__max_hours=1.0, train__save_minutes=10.0, train__keep_checkpoints=99,
-                   train__epochs=99, **never)  # fmt: skip
+                   train__epochs=99, **never)
     for action in ("log", "draw", "validate"):
         monkeypatch.setattr(run, action, lambda: None)
     steps_of = run.engine.train
@@ -218,7 +218,7 @@ def test_a_verdict_of_two_rows_names_and_shows_each_with_its_original(
     monkeypatch.setattr(
         training_run, "labelled_grid",
         lambda images, *rest: shown.append(images) or draw(images, *rest),
-    )  # fmt: skip
+    )
     assert run.verdict()
     found = json.loads((tmp_path / "verdict.json").read_text())["pictures"]
     assert [p["class"] for p in found] == [p["nearest"] for p in found] == 2 * list(CLASS_NAMES)
@@ -246,7 +246,7 @@ def test_best_is_by_the_average_and_only_of_a_step_that_was_validated(
 
 @pytest.mark.parametrize("status", [
     "VmPeak:\t 9 kB\nVmHWM:\t 3145728 kB\nVmRSS:\t 8 kB\n", "VmRSS:\t 3145728 kB\n",
-])  # fmt: skip
+])
 def test_peak_memory_is_in_gib(monkeypatch, status):
     monkeypatch.setattr(Path, "read_text", lambda self: status)
     assert training_run.peak_memory_gib(torch.device("cpu")) == 3

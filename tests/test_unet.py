@@ -162,7 +162,7 @@ def test_label_and_timestep_act_within_the_residual_blocks(awake_model):
 def test_levels_halve_by_means_and_double_by_copies(awake_model):
     model, seen = awake_model(), {}
     stages = {"above": model.down[0][-1], "below": model.down[1][0],
-              "last": model.up[0][-1], "first": model.up[1][0]}  # fmt: skip
+              "last": model.up[0][-1], "first": model.up[1][0]}
     for name, stage in stages.items():
         stage.register_forward_hook(
             lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})
@@ -215,7 +215,7 @@ def test_timestep_embedding_is_the_sinusoid_formula():
     ]
     # float32 angles up to 999 are good to 6e-5.
     assert_close(timestep_embedding(torch.tensor(timesteps), 8), torch.tensor(expected),
-                 rtol=0, atol=2e-4)  # fmt: skip
+                 rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("image_size", [18, 15, 2])
@@ -239,7 +239,7 @@ def test_default_model_is_the_one_that_checkpoints_hold():
     assert {name.split(".")[0] for name in state} == {
         "time_mlp", "class_embedding", "stem", "position", "down", "middle", "up", "out_norm",
         "out", "wiener", "patch_std", "input_filter",
-    }  # fmt: skip
+    }
     assert len(state) == 300
     assert sum(p.numel() for p in state.values()) == 18_640_592
 
