@@ -8,11 +8,12 @@ SHELL := /bin/bash
 # The variables of each target; those of the machine may stand beside any of them.
 MACHINE := PYTHON BASE_PYTHON DATA_DIR
 PROCESSES := GPUS NODES NODE_RANK RENDEZVOUS RESTARTS
-TRAINING := DATASET EPOCHS BATCH_SIZE SAMPLES SEED DEVICE FRESH ARGS $(PROCESSES)
-DRAWING := CHECKPOINT SAMPLES SAMPLER STEPS GUIDANCE SEED BATCH_SIZE OUTPUT DEVICE ARGS $(PROCESSES)
-$(foreach goal,demo train overfit test quick-test,$(eval of_$(goal) := $(TRAINING)))
-of_generate := $(DRAWING) CLASSES GRID TRAJECTORY
-of_evaluate := $(DRAWING) DATASET PICTURES SWEEP
+TRAINING := DATASET EPOCHS BATCH_SIZE SAMPLES SEED DEVICE
+DRAWING := SAMPLES SAMPLER STEPS GUIDANCE SEED BATCH_SIZE OUTPUT DEVICE
+SCORING := DATASET PICTURES SWEEP
+$(foreach goal,demo train overfit test quick-test,$(eval of_$(goal) := $(TRAINING) FRESH ARGS $(PROCESSES)))
+of_generate := $(DRAWING) CHECKPOINT CLASSES GRID TRAJECTORY ARGS $(PROCESSES)
+of_evaluate := $(DRAWING) CHECKPOINT $(SCORING) ARGS $(PROCESSES)
 of_report := RUN ARGS
 of_doctor := DATASET DEVICE ARGS
 of_bench := BATCH_SIZE DEVICE ARGS
@@ -50,26 +51,17 @@ ifneq ($(origin NODE_RANK),command line)
   NODE_RANK :=
 endif
 
-# Variables become flags; a value may hold spaces. ARGS= hands on anything else.
-flag = $(if $(value $(1)),$(if $(2),$(2)=)'$(subst ','\'',$(value $(1)))')
+# Variables become flags of their names; a value may hold spaces. ARGS= hands on anything else.
+argument = $(if $(value $(1)),'$(subst ','\'',$(value $(1)))')
+flag = $(if $(value $(1)),--$(shell tr A-Z_ a-z- <<< $(1))=$(call argument,$(1)))
+flags = $(foreach name,$(1),$(call flag,$(name)))
 switch = $(if $(filter 1 yes true,$($(1))),$(2))
-LAUNCH = '$(PYTHON)' $(if $(GPUS)$(NODES)$(NODE_RANK)$(RENDEZVOUS)$(RESTARTS),launch.py \
-  $(call flag,GPUS,--gpus) $(if $(GPUS)$(NODES),,--gpus 1) \
-  $(call flag,NODES,--nodes) $(call flag,NODE_RANK,--node-rank) \
-  $(call flag,RENDEZVOUS,--rendezvous) $(call flag,RESTARTS,--restarts))
-TRAIN_FLAGS = $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
-  $(call flag,EPOCHS,--epochs) $(call flag,BATCH_SIZE,--batch-size) $(call flag,SEED,--seed) \
-  $(call flag,SAMPLES,--samples) $(call flag,DEVICE,--device) $(call switch,FRESH,--fresh) $(ARGS)
-GENERATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,SAMPLES,--samples) \
-  $(call flag,CLASSES,--classes) $(call flag,SAMPLER,--sampler) $(call flag,STEPS,--steps) \
-  $(call flag,GUIDANCE,--guidance) $(call flag,SEED,--seed) $(call flag,BATCH_SIZE,--batch-size) \
-  $(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) \
+LAUNCH = '$(PYTHON)' $(if $(strip $(foreach name,$(PROCESSES),$(value $(name)))),launch.py \
+  $(if $(GPUS)$(NODES),,--gpus 1) $(call flags,$(PROCESSES)))
+TRAIN_FLAGS = $(call flags,DATA_DIR $(TRAINING)) $(call switch,FRESH,--fresh) $(ARGS)
+GENERATE_FLAGS = $(call argument,CHECKPOINT) $(call flags,$(DRAWING) CLASSES) \
   $(call switch,GRID,--grid-only) $(call switch,TRAJECTORY,--trajectory) $(ARGS)
-EVALUATE_FLAGS = $(call flag,CHECKPOINT,) $(call flag,PICTURES,--pictures) \
-  $(call flag,SAMPLES,--samples) $(call flag,SWEEP,--sweep) $(call flag,SAMPLER,--sampler) \
-  $(call flag,GUIDANCE,--guidance) $(call flag,STEPS,--steps) $(call flag,SEED,--seed) \
-  $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) \
-  $(call flag,BATCH_SIZE,--batch-size) $(call flag,OUTPUT,--output) $(call flag,DEVICE,--device) $(ARGS)
+EVALUATE_FLAGS = $(call argument,CHECKPOINT) $(call flags,DATA_DIR $(DRAWING) $(SCORING)) $(ARGS)
 CLEAN_FLAGS = $(call switch,CONFIRM,--yes)
 REQUIRE_BASE = '$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
   echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another: BASE_PYTHON=python3.12" >&2; exit 1; }
@@ -94,11 +86,11 @@ install: $(ENVIRONMENT)  ## Create .venv and install requirements.txt; repeated:
 demo: $(ENVIRONMENT)  ## The whole product on a laptop CPU, offline: train small, draw a grid
 	@$(LAUNCH) train_model.py --demo $(TRAIN_FLAGS)
 	@'$(PYTHON)' generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo \
-	  $(call flag,DEVICE,--device)
+	  $(call flag,DEVICE)
 	@echo "next: 'make overfit' checks the full model, 'make train' trains it, 'make help' lists more"
 
 data: $(ENVIRONMENT)  ## Find or download CIFAR-10 and prepare it
-	@'$(PYTHON)' prepare_data.py $(call flag,DATA_DIR,--data-dir) $(ARGS)
+	@'$(PYTHON)' prepare_data.py $(call flag,DATA_DIR) $(ARGS)
 
 train: $(ENVIRONMENT)  ## Full training; continues the run that is there
 	@$(LAUNCH) train_model.py --full $(TRAIN_FLAGS)
@@ -112,7 +104,7 @@ quick-test: $(ENVIRONMENT)  ## Two epochs of overfit: a smoke run of everything
 	@$(LAUNCH) train_model.py --quick-test $(TRAIN_FLAGS)
 
 report: $(ENVIRONMENT)  ## One page with everything about the newest run, or the run in RUN=folder
-	@'$(PYTHON)' report.py $(call flag,RUN,) $(ARGS)
+	@'$(PYTHON)' report.py $(call argument,RUN) $(ARGS)
 
 generate: $(ENVIRONMENT)  ## Pictures and a labelled grid from the newest usable checkpoint
 	@$(LAUNCH) generate_samples.py $(GENERATE_FLAGS)
@@ -129,13 +121,13 @@ monitor:  ## Live view of the run and the GPU
 	@'$(BASE_PYTHON)' run_status.py monitor $(ARGS)
 
 doctor: $(ENVIRONMENT)  ## Whether training will work here: everything it needs, tried in small
-	@'$(PYTHON)' doctor.py $(call flag,DATA_DIR,--data-dir) $(call flag,DATASET,--dataset) $(call flag,DEVICE,--device) $(ARGS)
+	@'$(PYTHON)' doctor.py $(call flags,DATA_DIR DATASET DEVICE) $(ARGS)
 
 gpu-status: $(ENVIRONMENT)  ## GPU, driver, CUDA and PyTorch, with the cure where something is wrong
 	@'$(PYTHON)' gpu_status.py $(ARGS)
 
 bench: $(ENVIRONMENT)  ## Speed and memory of training and sampling on this machine
-	@'$(PYTHON)' benchmark.py $(call flag,BATCH_SIZE,--batch-size) $(call flag,DEVICE,--device) $(ARGS)
+	@'$(PYTHON)' benchmark.py $(call flags,BATCH_SIZE DEVICE) $(ARGS)
 
 check: $(TEST_ENVIRONMENT)  ## The test suite
 	@'$(PYTHON)' -m pytest -q tests $(TEST_FLAGS) $(ARGS)
