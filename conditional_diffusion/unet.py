@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .wiener import WienerFilter, dct_matrix, root_mean_square
 
 FILTER_SIZE = 5  # patches a side that the linear path from input to output looks at
+MOST_GROUPS = 2**16 - 1  # of the backward pass of torch's group_norm on CUDA, where not compiled
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -60,6 +61,8 @@ def conditioned_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor
     The images of the batch stand side by side as further groups, whose weights differ.
     """
     B, C, H, W = x.shape
+    if B * norm.num_groups > MOST_GROUPS:
+        return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
     weight = torch.addcmul(norm.weight, norm.weight, scale)
     bias = torch.addcmul(shift, norm.bias, 1 + scale)
     groups = x.reshape(1, B * C, H, W)
@@ -256,8 +259,8 @@ class UNet(nn.Module):
     def measure(self, x_start: Tensor) -> None:
         """Learn the power of each frequency from images (N, C, H, W)."""
         self.wiener.measure(x_start)
-        by_frequency = self.patches(x_start).transpose(1, 3).flatten(0, 2)  # (N H W / p^2, C p^2)
-        self.patch_std.copy_(root_mean_square(by_frequency)[:, None, None])
+        patch_std = root_mean_square(self.patches, x_start, (0, 2, 3))  # over all patches
+        self.patch_std.copy_(patch_std[:, None, None])
 
     def trunk(self, patches: Tensor, cond: Tensor) -> Tensor:
         """patches (B, C p^2, H / p, W / p), cond (B, cond_dim) -> the shape of patches."""

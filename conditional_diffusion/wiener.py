@@ -8,6 +8,7 @@ c_out.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 SMALLEST_STD = 1e-3  # of a frequency: data may lack it, a network must still be able to draw it
 
 
-def root_mean_square(values: Tensor) -> Tensor:
-    """Over the first dimension, and at least SMALLEST_STD."""
-    return values.square().mean(0).sqrt().clamp(min=SMALLEST_STD)
+def root_mean_square(
+    frequencies: Callable[[Tensor], Tensor], x_start: Tensor, dims: tuple[int, ...]
+) -> Tensor:
+    """Of the frequencies of images (N, ...), over these dimensions; at least SMALLEST_STD."""
+    # A few images at a time: their frequencies take several times their memory.
+    squares = sum(frequencies(part).square().mean(dims) * len(part) for part in x_start.split(64))
+    return (squares / len(x_start)).sqrt().clamp(min=SMALLEST_STD)
 
 
 def dct_matrix(size: int) -> Tensor:
@@ -92,7 +97,7 @@ class WienerFilter(nn.Module):
     @torch.no_grad()
     def measure(self, x_start: Tensor) -> None:
         """Take the power of each frequency from images (N, C, S, S)."""
-        self.std.copy_(root_mean_square(self.spectrum(x_start)))
+        self.std.copy_(root_mean_square(self.spectrum, x_start, (0,)))
 
     def forward(self, x_t: Tensor, timesteps: Tensor, rest: Tensor) -> Tensor:
         """The best linear guess from x_t, plus the rest in units of the guess's error.

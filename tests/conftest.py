@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from torch.utils._triton import has_triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -96,7 +97,9 @@ def schedule():
 @pytest.fixture(autouse=True)
 def device_of_the_test(request, monkeypatch):
     """Only a test marked gpu uses one: the others compare to the bit, or patch what a CPU calls."""
-    if not request.node.get_closest_marker("gpu"):
+    if request.node.get_closest_marker("gpu"):
+        has_triton.cache_clear()  # what it found where a test was to see no GPU
+    else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

@@ -753,8 +753,13 @@ def test_compiled_training_on_the_gpu_resumes_where_it_was(awake_model, schedule
     for _ in range(2):
         continued.train_step(*batch)
     for name in ("model", "ema_model"):
-        ours, theirs = (getattr(engine, name).parameters() for engine in (continued, whole))
-        for a, b in zip(ours, theirs, strict=True):
+        ours, theirs = (
+            dict(getattr(engine, name).named_parameters()) for engine in (continued, whole)
+        )
+        for key in ours:
+            a, b = ours[key], theirs[key]
+            if key.endswith("qkv.bias"):  # the same for all keys, which softmax ignores: all noise
+                a, b = (torch.cat(bias.chunk(3)[::2]) for bias in (a, b))
             assert_close(a, b, rtol=0, atol=1e-3)  # kernels may add up in another order
     loss = continued.take_metrics()["loss"]
     assert loss == pytest.approx(whole.take_metrics()["loss"], rel=1e-2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from conditional_diffusion import CosineNoiseScheduler, UNet
+from conditional_diffusion import CosineNoiseScheduler, UNet, unet
 from conditional_diffusion.unet import (
     FILTER_SIZE,
     ResBlock,
@@ -274,8 +274,10 @@ def test_attention_is_the_formula():
     assert block(x).is_contiguous(), "what follows would go on in a layout that is slow on a CPU"
 
 
-def test_residual_block_is_the_formula():
+@pytest.mark.parametrize("most_groups", [7, 8])  # of 2 images with 4 groups each
+def test_residual_block_is_the_formula(monkeypatch, most_groups):
     """Dhariwal & Nichol 2021, sec. 3: norm, SiLU, convolution, twice; scale and shift between."""
+    monkeypatch.setattr(unet, "MOST_GROUPS", most_groups)
     torch.manual_seed(0)
     block = ResBlock(8, 16, 6, 0.0)
     for parameter in (*block.norm1.parameters(), *block.norm2.parameters(), block.conv2.weight):
