@@ -66,7 +66,7 @@ BATCH_SIZES = (64, 256, 1024)  # on CUDA, beside the default; compiling each tak
 IMAGE_SIZES = (32, 64, 128, 256)
 WITH_ADAMW = "ours, with AdamW"
 GRID_PICTURES = 100
-GRIDS = (("ddpm", 1000), ("ddpm", 50), ("dpm-solver++", 20))  # samplers and their steps
+GRIDS = (("ddpm", 1000), ("ddpm", 50), ("sde-dpm-solver++", 25))  # samplers and their steps
 
 
 @contextmanager

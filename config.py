@@ -19,7 +19,7 @@ LARGEST_SEED = 2**63 - 1
 LARGEST = {int: 2**31 - 1, float: 1e30}  # of settings without a bound of their own: within torch's
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SWITCH = ("auto", "true", "false")
-SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver++", "sde-dpm-solver++")
 AUTO_BATCH = 0  # what "auto" means as a batch size
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
          tuple[int, ...]: "whole numbers separated by commas",
@@ -229,17 +229,17 @@ class TrainConfig(Section):
 @dataclass(frozen=True)
 class SampleConfig(Section):
     sampler: str = option(
-        "ddpm", "sampler of generated pictures: ddpm, ddim or dpm-solver++", one_of=SAMPLERS
+        "ddpm", f"sampler of generated pictures: {', '.join(SAMPLERS)}", one_of=SAMPLERS
     )
     num_inference_steps: int = option(50, "denoising steps of generated pictures", least=1)
     eta: float = option(
         0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", least=0, most=1
     )
     grid_sampler: str = option(
-        "dpm-solver++", "sampler of the grids drawn during training and of what is evaluated",
+        "sde-dpm-solver++", "sampler of the grids drawn during training and of what is evaluated",
         one_of=SAMPLERS,
     )
-    grid_steps: int = option(20, "denoising steps of these", least=1)
+    grid_steps: int = option(25, "denoising steps of these", least=1)
     guidance_scale: float = option(2.0, "uncond + scale (cond - uncond); 1: no guidance", least=0)
     guidance_interval: tuple[float, ...] = option(
         (0.0, 1.0), "part of the chain that is guided, as fractions of T; 0 is the clean end",
@@ -338,7 +338,7 @@ def overfit() -> Config:
             class_dropout_prob=0.0, log_every=10, validate_every=100, validation_images=20,
             sample_every=100, save_every=200, compile="false",  # it would take longer than the run
         ),
-        sample=SampleConfig(num_inference_steps=25, grid_steps=20, guidance_scale=1.0),
+        sample=SampleConfig(num_inference_steps=25, guidance_scale=1.0),
     )
 
 
@@ -369,7 +369,7 @@ def demo() -> Config:
             weight_decay=0.0, class_dropout_prob=0.0, validate_every=300, validation_images=200,
             sample_every=600, save_every=600, compile="false",
         ),
-        sample=SampleConfig(num_inference_steps=25, grid_steps=25, guidance_scale=1.0),
+        sample=SampleConfig(num_inference_steps=25, guidance_scale=1.0),
     )
 
 

@@ -2,7 +2,13 @@
 
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .noise_scheduler import CosineNoiseScheduler
-from .sampler import SAMPLERS, DDIMSampler, DDPMSampler, DPMSolverSampler
+from .sampler import (
+    SAMPLERS,
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverSampler,
+    SDEDPMSolverSampler,
+)
 from .training_engine import TrainingEngine
 from .unet import UNet
 
@@ -13,6 +19,7 @@ __all__ = [
     "DDPMSampler",
     "DPMSolverSampler",
     "SAMPLERS",
+    "SDEDPMSolverSampler",
     "TrainingEngine",
     "UNet",
     "load_checkpoint",

@@ -1,4 +1,4 @@
-"""Samplers: from noise to pictures by DDPM, DDIM or DPM-Solver++(2M), with guidance.
+"""Samplers: from noise to pictures by DDPM, DDIM or their second order, with guidance.
 
 All have one signature. Every picture has a generator of its own, so it depends on its seed and
 class alone.
@@ -14,19 +14,29 @@ from torch import Tensor, nn
 from .memory import in_parts
 from .noise_scheduler import CosineNoiseScheduler, posterior_coefficients
 
+# Of the timesteps, where sampling begins: beyond, the log-SNR of a cosine schedule falls so steeply
+# that a step there would be a leap (Lu et al. 2022, in their code).
+FIRST_TIMESTEP = 0.9946
 
-def inference_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
-    """Kept timesteps, descending, evenly spaced, with T - 1 and 0 among them ("linspace").
 
-    One step keeps T - 1 alone.
+def inference_timesteps(alphas_cumprod: Tensor, num_inference_steps: int) -> list[int]:
+    """Kept timesteps, descending, evenly spaced in log-SNR (Lu et al. 2022, sec. 3.3), down to 0.
+
+    Where whole timesteps are too few for that, as near 0, neighbours are kept: of T steps each.
+    alphas_cumprod is that of the schedule, (T,), float64. One step keeps the first alone.
     """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(
-            f"num_inference_steps must lie in 1..{num_train_timesteps}, not {num_inference_steps}"
-        )
-    last = torch.tensor(num_train_timesteps - 1, dtype=torch.float64)
-    spaced = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64)
-    return (last * (1 - spaced)).round().long().tolist()
+    T, N = len(alphas_cumprod), num_inference_steps
+    if not 1 <= N <= T:
+        raise ValueError(f"num_inference_steps must lie in 1..{T}, not {N}")
+    log_snr = torch.logit(alphas_cumprod.cpu())
+    first = max(round(FIRST_TIMESTEP * T), N) - 1
+    wanted = torch.lerp(log_snr[first], log_snr[0], torch.linspace(0, 1, N, dtype=torch.float64))
+    nearest = (log_snr - wanted[:, None]).abs().argmin(dim=1)
+    # kept + step does not rise where kept falls with every step, and N - 1 of it leaves a timestep
+    # for each step to come.
+    step = torch.arange(N)
+    kept = (nearest + step).cummin(dim=0).values.clamp(min=N - 1) - step
+    return kept.tolist()
 
 
 def guided_prediction(
@@ -67,7 +77,7 @@ class Sampler:
 
     scheduler: CosineNoiseScheduler  # the schedule the model was trained with
     _: KW_ONLY
-    num_inference_steps: int  # kept timesteps, evenly spaced
+    num_inference_steps: int  # kept timesteps, see inference_timesteps
     guidance_scale: float = 1.0  # see guided_prediction
     # (low, high) in fractions of the chain, 0 the clean end; timesteps outside are not guided,
     # which also halves their cost (Kynkaanniemi et al. 2024, sec. 3).
@@ -76,8 +86,9 @@ class Sampler:
     autocast_dtype: torch.dtype | None = None  # as of TrainingEngine; the state stays float32
 
     def __post_init__(self):
-        T = self.scheduler.num_train_timesteps
-        self.timesteps = inference_timesteps(T, self.num_inference_steps)
+        self.timesteps = inference_timesteps(
+            self.scheduler.alphas_cumprod_float64, self.num_inference_steps
+        )
 
     def update(
         self,
@@ -200,32 +211,39 @@ class DDIMSampler(Sampler):
         return mean + sigma.float() * draw_noise()
 
 
-class DPMSolverSampler(Sampler):
-    """DPM-Solver++(2M), Lu et al. 2022: second order, deterministic, for few steps."""
+class SecondOrder(Sampler):
+    """What "2M" of Lu et al. 2022 (DPM-Solver++), alg. 2, adds to a sampler of first order.
+
+    That one takes the predicted image for constant during a step, this for linear in lambda.
+    """
 
     def half_log_snr(self, timestep: int) -> Tensor:
         """lambda = ln(alpha / sigma) of Lu et al. 2022, 0-dimensional, float64."""
         return 0.5 * torch.logit(self.alpha_bar(timestep))
 
     def update(self, x_start, x_t, timestep, previous_timestep, draw_noise, earlier):
-        """Lu et al. 2022 (DPM-Solver++), alg. 2; first order at the first step and the last.
+        """The step of first order from the predicted image at its middle, by extrapolation.
 
-        Timesteps are even in t, so the step to timestep 0 is many times longer in lambda than the
-        one before: extrapolating from that one would overshoot.
+        Not at the first step, which knows of no other, nor at the last, where lambda is infinite.
         """
-        if previous_timestep < 0:
-            return x_start  # lambda is infinite there, and the update becomes its data term
-        abar_t, abar_prev = self.alpha_bar(timestep), self.alpha_bar(previous_timestep)
-        h = self.half_log_snr(previous_timestep) - self.half_log_snr(timestep)
-        D = x_start
-        if earlier is not None and previous_timestep != self.timesteps[-1]:
+        if earlier is not None and previous_timestep >= 0:
             earlier_timestep, earlier_x_start = earlier
-            r = (self.half_log_snr(timestep) - self.half_log_snr(earlier_timestep)) / h
-            weight = (1 / (2 * r)).float()
-            D = (1 + weight) * x_start - weight * earlier_x_start
-        x_t_coef = ((1 - abar_prev) / (1 - abar_t)).sqrt()
-        D_coef = -abar_prev.sqrt() * torch.expm1(-h)
-        return x_t_coef.float() * x_t + D_coef.float() * D
+            now = self.half_log_snr(timestep)
+            h = self.half_log_snr(previous_timestep) - now
+            weight = (h / (now - self.half_log_snr(earlier_timestep)) / 2).float()
+            x_start = (1 + weight) * x_start - weight * earlier_x_start
+        return super().update(x_start, x_t, timestep, previous_timestep, draw_noise, earlier)
 
 
-SAMPLERS = {"ddpm": DDPMSampler, "ddim": DDIMSampler, "dpm-solver++": DPMSolverSampler}
+class DPMSolverSampler(SecondOrder, DDIMSampler):
+    """DPM-Solver++(2M), Lu et al. 2022: deterministic, for few steps; of first order it is DDIM."""
+
+
+class SDEDPMSolverSampler(SecondOrder, DDPMSampler):
+    """SDE-DPM-Solver++(2M), Lu et al. 2022: of first order it is DDPM, which needs more steps."""
+
+
+SAMPLERS = {
+    "ddpm": DDPMSampler, "ddim": DDIMSampler,
+    "dpm-solver++": DPMSolverSampler, "sde-dpm-solver++": SDEDPMSolverSampler,
+}

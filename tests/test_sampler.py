@@ -8,7 +8,13 @@ from test_noise_scheduler import published_alphas_cumprod
 from torch import nn
 from torch.testing import assert_close
 
-from conditional_diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
+from conditional_diffusion import (
+    CosineNoiseScheduler,
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverSampler,
+    SDEDPMSolverSampler,
+)
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.sampler import SAMPLERS, guided_prediction, inference_timesteps
 
@@ -44,8 +50,8 @@ def step_coefficients(method: str, eta: float, abar: list[float], kept: list[int
     """(of x_start, of x_t, of the earlier x_start, std of the noise) of step i, in float64.
 
     Each formula comes from another place than the code's: DDPM from Bayes' rule, DDIM from the
-    marginal it must keep (a^2 c^2 + ... = 1 - abar), DPM-Solver++(2M) from its paper in alpha and
-    sigma.
+    marginal it must keep (a^2 c^2 + ... = 1 - abar), DPM-Solver++(2M) and SDE-DPM-Solver++(2M) from
+    their paper in alpha, sigma and h.
     """
     a_t, a_prev = abar[kept[i]], abar[kept[i + 1]]
     if method == "ddpm":
@@ -66,10 +72,14 @@ def step_coefficients(method: str, eta: float, abar: list[float], kept: list[int
 
     h = half_log_snr(a_prev) - half_log_snr(a_t)
     data = -math.sqrt(a_prev) * (math.exp(-h) - 1)
+    state, std = math.sqrt((1 - a_prev) / (1 - a_t)), 0.0
+    if method == "sde-dpm-solver++":
+        data = math.sqrt(a_prev) * (1 - math.exp(-2 * h))
+        state, std = state * math.exp(-h), math.sqrt((1 - a_prev) * (1 - math.exp(-2 * h)))
     share = 0.0  # of the difference between the last two predictions
-    if 0 < i < len(kept) - 2:  # first order at both ends
+    if i > 0:  # first order at the beginning
         share = h / (half_log_snr(a_t) - half_log_snr(abar[kept[i - 1]])) / 2
-    return data * (1 + share), math.sqrt((1 - a_prev) / (1 - a_t)), -data * share, 0.0
+    return data * (1 + share), state, -data * share, std
 
 
 def exact_mean_and_std(method: str, eta: float, abar: list[float], kept: list[int], mean, std):
@@ -129,23 +139,40 @@ class Constant(nn.Module):
         return torch.full_like(x_t, self.value)
 
 
-@pytest.mark.parametrize("T", [1, 2, 50])
-def test_every_number_of_steps_keeps_both_ends_and_even_gaps(T):
+@pytest.mark.parametrize("T", [1, 2, 50, 300])
+def test_any_number_of_steps_keeps_so_many_timesteps_down_to_zero(schedule, T):
+    alphas_cumprod = schedule(T).alphas_cumprod_float64
     for steps in range(1, T + 1):
-        kept = inference_timesteps(T, steps)
-        assert len(kept) == steps and kept[0] == T - 1
-        gaps = [a - b for a, b in zip(kept, kept[1:])]
-        assert all(gap >= 1 for gap in gaps)  # descending, none twice
-        if steps > 1:
-            assert kept[-1] == 0
-            assert max(gaps) - min(gaps) <= 1
+        kept = inference_timesteps(alphas_cumprod, steps)
+        assert len(kept) == steps and kept[0] < T and (kept[-1] == 0 or steps == 1)
+        assert all(a > b for a, b in zip(kept, kept[1:]))
+    assert kept == list(range(T - 1, -1, -1))
 
 
-def test_kept_timesteps_on_cases_done_by_hand():
-    assert inference_timesteps(1000, 1) == [999]
-    assert inference_timesteps(1000, 2) == [999, 0]
-    assert inference_timesteps(1000, 4) == [999, 666, 333, 0]
-    assert inference_timesteps(5, 5) == [4, 3, 2, 1, 0]
+@pytest.mark.parametrize("steps", [5, 10, 20, 30])
+@pytest.mark.parametrize("shift", [0.0, 2 * math.log(32 / 128)])
+def test_kept_timesteps_are_even_in_log_snr(schedule, steps, shift):
+    """Against the inverse of the cosine schedule, which does not know of its shift."""
+    s, T = 0.008, 1000
+    alphas_cumprod = torch.sigmoid(torch.logit(schedule(T).alphas_cumprod_float64) + shift)
+
+    def angle(t: float) -> float:  # of Nichol & Dhariwal 2021, eq. 17; index t carries t + 1 steps
+        return ((t + 1) / T + s) / (1 + s) * math.pi / 2
+
+    start = math.cos(angle(-1)) ** 2
+
+    def log_snr(t: float) -> float:
+        abar = math.cos(angle(t)) ** 2 / start
+        return math.log(abar / (1 - abar))
+
+    first, last = log_snr(994), log_snr(0)  # 0.9946 T - 1 in whole timesteps
+    kept = inference_timesteps(alphas_cumprod, steps)
+    for i, t in enumerate(kept):
+        wanted = first + (last - first) * i / (steps - 1)
+        abar = 1 / (1 + math.exp(-wanted))
+        exact = math.acos(math.sqrt(abar * start)) * (1 + s) * 2 / math.pi * T - s * T - 1
+        # Whole timesteps; where they are too few the last ones are neighbours.
+        assert t == pytest.approx(exact, abs=1.1) or t == steps - 1 - i
 
 
 @pytest.mark.parametrize("steps", [0, -1, 51])
@@ -175,7 +202,7 @@ def test_alphas_between_kept_timesteps_multiply_to_alphas_cumprod(schedule, step
         factor = sampler.update(0 * one, one, t, previous, lambda: 0 * one, None).item()
         product *= (factor * (1 - abar[t]) / (1 - abar[previous])) ** 2
     # Up to 1000 squared float32 coefficients, 6e-8 each.
-    assert product == pytest.approx(abar[999], rel=2e-4)
+    assert product == pytest.approx(abar[kept[0]], rel=2e-4)
 
 
 @EVERY_SAMPLER
@@ -191,10 +218,11 @@ def test_last_step_returns_the_predicted_image(schedule, sampler_class):
 @pytest.mark.parametrize(
     ("method", "eta", "steps", "bias"),
     [
-        ("ddpm", 1.0, 1000, 0.005), ("ddpm", 1.0, 100, 0.05), ("ddpm", 1.0, 10, 0.3),
-        ("ddim", 0.0, 100, 0.02), ("ddim", 0.0, 10, 0.2), ("ddim", 0.5, 20, 0.2),
+        ("ddpm", 1.0, 1000, 0.005), ("ddpm", 1.0, 100, 0.05), ("ddpm", 1.0, 10, 0.4),
+        ("ddim", 0.0, 100, 0.03), ("ddim", 0.0, 10, 0.25), ("ddim", 0.5, 20, 0.2),
         ("ddim", 1.0, 100, 0.05), ("dpm-solver++", 0.0, 100, 0.005),
-        ("dpm-solver++", 0.0, 10, 0.15),
+        ("dpm-solver++", 0.0, 10, 0.15), ("sde-dpm-solver++", 1.0, 100, 0.005),
+        ("sde-dpm-solver++", 1.0, 10, 0.15),
     ],
 )
 def test_samples_have_mean_and_std_of_gaussian_data(
@@ -219,6 +247,21 @@ def test_samples_have_mean_and_std_of_gaussian_data(
     # The chain itself approaches the data as its steps grow.
     assert exact_mean == pytest.approx(mean, abs=2e-3)
     assert abs(1 - exact_std / std) < bias
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0])
+@pytest.mark.parametrize(
+    ("method", "steps", "lost"),
+    [("dpm-solver++", 10, 0.08), ("dpm-solver++", 20, 0.04), ("sde-dpm-solver++", 20, 0.04),
+     ("sde-dpm-solver++", 50, 0.025), ("ddim", 50, 0.08), ("ddpm", 50, 0.12)],
+)
+def test_few_steps_keep_the_power_of_every_frequency_of_enlarged_pictures(method, steps, lost, std):
+    """Their frequencies have standard deviations from below 0.1 to about 60 at 128x128."""
+    scheduler = CosineNoiseScheduler(1000, image_size=128, reference_size=32)
+    sampler = SAMPLERS[method](scheduler, num_inference_steps=steps)
+    abar = scheduler.alphas_cumprod_float64.tolist()
+    _, exact_std = exact_mean_and_std(method, 0.0, abar, sampler.timesteps, 0.0, std)
+    assert exact_std == pytest.approx(std, rel=lost)
 
 
 @pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm-solver++", 2)])
@@ -305,24 +348,29 @@ def test_ddpm_and_ddim_updates_agree_with_diffusers(schedule, eta):
 
 
 @pytest.mark.parametrize("steps", [8, 25])
-def test_dpm_solver_chain_agrees_with_diffusers(schedule, steps):
+@pytest.mark.parametrize(
+    ("sampler_class", "algorithm"),
+    [(DPMSolverSampler, "dpmsolver++"), (SDEDPMSolverSampler, "sde-dpmsolver++")],
+)
+def test_dpm_solver_chains_agree_with_diffusers(schedule, sampler_class, algorithm, steps):
     scheduler = schedule(1000)
     peer = diffusers_scheduler(
-        "DPMSolverMultistepScheduler", scheduler, algorithm_type="dpmsolver++", solver_order=2,
+        "DPMSolverMultistepScheduler", scheduler, algorithm_type=algorithm, solver_order=2,
         solver_type="midpoint", final_sigmas_type="zero", lower_order_final=True,
     )
-    sampler = DPMSolverSampler(scheduler, num_inference_steps=steps, clip_x_start=False)
+    sampler = sampler_class(scheduler, num_inference_steps=steps, clip_x_start=False)
     peer.set_timesteps(timesteps=sampler.timesteps)
     model = GaussianDenoiser(scheduler, 0.6, 0.4)
     labels = torch.zeros(1, dtype=torch.long)
-    x_t = torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(3))[None]
-    states = []
+    generator, states = torch.Generator().manual_seed(3), []
+    x_t = torch.randn((1, 8, 8), generator=generator)[None]
     sampler.sample(
         model, labels, (1, 8, 8), [3], callback=lambda done, x_t, x_start: states.append(x_t)
     )
-    # The step to timestep 0 is left out: ours is of first order there.
-    for t, state in zip(peer.timesteps[:-2], states):
-        x_t = peer.step(model(x_t, t.repeat(1), labels), t, x_t).prev_sample
+    for t, state in zip(peer.timesteps, states):
+        noise = torch.randn((1, 8, 8), generator=generator)[None]
+        output = model(x_t, t.repeat(1), labels)
+        x_t = peer.step(output, t, x_t, variance_noise=noise).prev_sample
         assert_close(state, x_t, rtol=1e-3, atol=1e-3)
 
 
@@ -360,8 +408,8 @@ def test_guidance_stays_inside_its_interval(schedule):
         schedule(101), num_inference_steps=11, guidance_scale=3.0, guidance_interval=(0.2, 0.7)
     )
     model = LabelField()
+    sampler.timesteps = list(range(100, -1, -10))
     sampler.sample(model, torch.tensor([2]), (1, 4, 4), [0])
-    assert sampler.timesteps == list(range(100, -1, -10))
     # Timesteps 70 to 20 are guided, in calls of twice the batch.
     assert [size for size, _, _ in model.calls] == [1] * 3 + [2] * 6 + [1] * 2
 

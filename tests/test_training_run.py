@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import training_run
-from conditional_diffusion import DDPMSampler, DPMSolverSampler
+from conditional_diffusion import DDPMSampler, SDEDPMSolverSampler
 from conditional_diffusion.checkpoint import load_checkpoint
 from config import CLASS_NAMES, apply_overrides, full
 from data import Split, to_arrays, to_x_start
@@ -144,12 +144,12 @@ def test_grids_have_a_sampler_of_their_own(make_run, monkeypatch):
         drawn.append((type(self), self.num_inference_steps, seeds))
         return torch.zeros(len(seeds), *shape)
 
-    for sampler in (DDPMSampler, DPMSolverSampler):
+    for sampler in (DDPMSampler, SDEDPMSolverSampler):
         monkeypatch.setattr(sampler, "sample", sample)
     for grid in (True, False):
         run.sample(run.model, 2, grid=grid)
     seeds = [0] * 10 + [1] * 10
-    assert drawn == [(DPMSolverSampler, 3, seeds), (DDPMSampler, 5, seeds)]
+    assert drawn == [(SDEDPMSolverSampler, 3, seeds), (DDPMSampler, 5, seeds)]
 
 
 def test_the_best_loss_survives_an_interruption(make_run, tmp_path):
@@ -188,7 +188,7 @@ def test_every_picture_of_a_grid_is_of_the_class_it_stands_under(make_run, monke
         values = 10 * torch.tensor(seeds) + labels  # tells seed and class apart
         return values.float().view(-1, 1, 1, 1).expand(-1, *shape)
 
-    monkeypatch.setattr(DPMSolverSampler, "sample", sample)
+    monkeypatch.setattr(SDEDPMSolverSampler, "sample", sample)
     run = make_run()
     grid = run.sample(run.model, 3, grid=True)[:, 0, 0, 0].view(3, 10)
     assert_close(grid, (10 * torch.arange(3)[:, None] + torch.arange(10)).float())
