@@ -120,7 +120,7 @@ class Drawing:
             "checkpoint": str(self.path), "hash": self.hash, "step": self.step,
             "images_seen": self.images_seen, "weights": "raw" if self.raw else "EMA",
             "sampler": sample.sampler, "num_inference_steps": sample.num_inference_steps,
-            "spacing": "log-SNR", **({"eta": sample.eta} if sample.sampler == "ddim" else {}),
+            **({"eta": sample.eta} if sample.sampler == "ddim" else {}),
             "guidance_scale": sample.guidance_scale,
             "guidance_interval": list(sample.guidance_interval),
             "clip_x_start": sample.clip_x_start, "image_size": self.size,

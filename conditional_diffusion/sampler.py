@@ -19,15 +19,23 @@ from .noise_scheduler import CosineNoiseScheduler, posterior_coefficients
 FIRST_TIMESTEP = 0.9946
 
 
-def inference_timesteps(alphas_cumprod: Tensor, num_inference_steps: int) -> list[int]:
+def even_in_time(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
+    """Kept timesteps, descending, evenly spaced, with T - 1 and 0 among them ("linspace").
+
+    One step keeps T - 1 alone.
+    """
+    last = torch.tensor(num_train_timesteps - 1, dtype=torch.float64)
+    spaced = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64)
+    return (last * (1 - spaced)).round().long().tolist()
+
+
+def even_in_log_snr(alphas_cumprod: Tensor, num_inference_steps: int) -> list[int]:
     """Kept timesteps, descending, evenly spaced in log-SNR (Lu et al. 2022, sec. 3.3), down to 0.
 
     Where whole timesteps are too few for that, as near 0, neighbours are kept: of T steps each.
     alphas_cumprod is that of the schedule, (T,), float64. One step keeps the first alone.
     """
     T, N = len(alphas_cumprod), num_inference_steps
-    if not 1 <= N <= T:
-        raise ValueError(f"num_inference_steps must lie in 1..{T}, not {N}")
     log_snr = torch.logit(alphas_cumprod.cpu())
     first = max(round(FIRST_TIMESTEP * T), N) - 1
     wanted = torch.lerp(log_snr[first], log_snr[0], torch.linspace(0, 1, N, dtype=torch.float64))
@@ -77,7 +85,7 @@ class Sampler:
 
     scheduler: CosineNoiseScheduler  # the schedule the model was trained with
     _: KW_ONLY
-    num_inference_steps: int  # kept timesteps, see inference_timesteps
+    num_inference_steps: int  # kept timesteps
     guidance_scale: float = 1.0  # see guided_prediction
     # (low, high) in fractions of the chain, 0 the clean end; timesteps outside are not guided,
     # which also halves their cost (Kynkaanniemi et al. 2024, sec. 3).
@@ -86,9 +94,13 @@ class Sampler:
     autocast_dtype: torch.dtype | None = None  # as of TrainingEngine; the state stays float32
 
     def __post_init__(self):
-        self.timesteps = inference_timesteps(
-            self.scheduler.alphas_cumprod_float64, self.num_inference_steps
-        )
+        T, N = self.scheduler.num_train_timesteps, self.num_inference_steps
+        if not 1 <= N <= T:
+            raise ValueError(f"num_inference_steps must lie in 1..{T}, not {N}")
+        self.timesteps = self.kept_timesteps()
+
+    def kept_timesteps(self) -> list[int]:
+        return even_in_time(self.scheduler.num_train_timesteps, self.num_inference_steps)
 
     def update(
         self,
@@ -214,8 +226,12 @@ class DDIMSampler(Sampler):
 class SecondOrder(Sampler):
     """What "2M" of Lu et al. 2022 (DPM-Solver++), alg. 2, adds to a sampler of first order.
 
-    That one takes the predicted image for constant during a step, this for linear in lambda.
+    That one takes the predicted image for constant during a step, this for linear in lambda, in
+    which its steps are of one length.
     """
+
+    def kept_timesteps(self):
+        return even_in_log_snr(self.scheduler.alphas_cumprod_float64, self.num_inference_steps)
 
     def half_log_snr(self, timestep: int) -> Tensor:
         """lambda = ln(alpha / sigma) of Lu et al. 2022, 0-dimensional, float64."""

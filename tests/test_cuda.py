@@ -132,7 +132,7 @@ def test_no_training_step_asks_for_a_number(gpu, dtype, parts, optimizer):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_no_sampling_step_asks_for_a_number(gpu, name, guidance):
     model, scheduler = network()
-    with patch("conditional_diffusion.sampler.inference_timesteps", lambda T, steps: [49, 24, 0]):
+    with patch.object(SAMPLERS[name], "kept_timesteps", lambda self: [49, 24, 0]):
         sampler = SAMPLERS[name](scheduler, num_inference_steps=3, guidance_scale=guidance)
     labels, randn = torch.zeros(3, dtype=torch.long, device=GPU), torch.randn
 

@@ -109,8 +109,8 @@ def text(path) -> dict:
     """The text chunks of a PNG; those that are JSON, read."""
     with Image.open(path) as image:
         chunks = dict(image.text)
-    names = ("class", "file", "checkpoint", "hash", "weights", "sampler", "spacing", "precision",
-             "device", "torch")
+    names = ("class", "file", "checkpoint", "hash", "weights", "sampler", "precision", "device",
+             "torch")
     return {key: value if key in names else json.loads(value) for key, value in chunks.items()}
 
 
@@ -129,7 +129,7 @@ def test_facts_agree_everywhere_and_redraw_the_picture(draw, checkpoint):
     expected = {
         "checkpoint": str(checkpoint), "hash": file_hash(checkpoint), "step": 12,
         "images_seen": 120, "weights": "EMA", "sampler": "ddim", "num_inference_steps": 6,
-        "spacing": "log-SNR", "eta": 0.5, "guidance_scale": 1.5, "guidance_interval": [0, 0.8],
+        "eta": 0.5, "guidance_scale": 1.5, "guidance_interval": [0, 0.8],
         "clip_x_start": False, "image_size": 16, "precision": "fp32", "device": "cpu",
         "torch": torch.__version__,
         "classes": ["cat", "truck"], "seeds": [9999, 10000],
