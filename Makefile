@@ -56,8 +56,8 @@ argument = $(if $(value $(1)),'$(subst ','\'',$(value $(1)))')
 flag = $(if $(value $(1)),--$(shell tr A-Z_ a-z- <<< $(1))=$(call argument,$(1)))
 flags = $(foreach name,$(1),$(call flag,$(name)))
 switch = $(if $(filter 1 yes true,$($(1))),$(2))
-LAUNCH = '$(PYTHON)' $(if $(strip $(foreach name,$(PROCESSES),$(value $(name)))),launch.py \
-  $(if $(GPUS)$(NODES),,--gpus 1) $(call flags,$(PROCESSES)))
+LAUNCH = '$(PYTHON)' $(if $(strip $(foreach name,$(PROCESSES),$(value $(name)))),\
+  launch.py$(if $(GPUS)$(NODES),, --gpus 1) $(call flags,$(PROCESSES)))
 TRAIN_FLAGS = $(call flags,DATA_DIR $(TRAINING)) $(call switch,FRESH,--fresh) $(ARGS)
 GENERATE_FLAGS = $(call argument,CHECKPOINT) $(call flags,$(DRAWING) CLASSES) \
   $(call switch,GRID,--grid-only) $(call switch,TRAJECTORY,--trajectory) $(ARGS)
