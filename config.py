@@ -334,9 +334,9 @@ def overfit() -> Config:
         diffusion=DiffusionConfig(min_snr_gamma=0.0),
         data=DataConfig(samples_per_class=1, repeats=10, horizontal_flip=False),
         train=TrainConfig(
-            epochs=20, batch_size=10, learning_rate=1e-3, warmup_steps=20, weight_decay=0.0,
-            class_dropout_prob=0.0, log_every=10, validate_every=100, validation_images=20,
-            sample_every=100, save_every=200, compile="false",  # it would take longer than the run
+            epochs=15, batch_size=10, learning_rate=2e-3, warmup_steps=20, weight_decay=0.0,
+            class_dropout_prob=0.0, log_every=10, validate_every=75, validation_images=20,
+            sample_every=75, save_every=150, compile="false",  # it would take longer than the run
         ),
         sample=SampleConfig(num_inference_steps=25, guidance_scale=1.0),
     )
@@ -364,10 +364,9 @@ def demo() -> Config:
         ),
         data=DataConfig(dataset="pictograms", image_size=32, horizontal_flip=False),
         train=TrainConfig(
-            # On a CPU Muon nearly doubles the time of a step of so few pixels.
-            epochs=4, batch_size=16, optimizer="adamw", learning_rate=1e-3, warmup_steps=50,
-            weight_decay=0.0, class_dropout_prob=0.0, validate_every=300, validation_images=200,
-            sample_every=600, save_every=600, compile="false",
+            epochs=2, batch_size=32, learning_rate=2e-3, warmup_steps=25, weight_decay=0.0,
+            class_dropout_prob=0.0, validate_every=100, validation_images=200, sample_every=200,
+            save_every=200, compile="false",
         ),
         sample=SampleConfig(num_inference_steps=25, guidance_scale=1.0),
     )
