@@ -382,6 +382,8 @@ class Run:
         pairs = pairs.unflatten(1, (rows, classes)).transpose(0, 1).flatten(0, 2)
         grid = labelled_grid(to_arrays(pairs), CLASS_NAMES, "nearest training image, sample below")
         save_image(grid, self.folder / "verdict.png")
+        cure = "; several images per class need more epochs (EPOCHS=)"
         say(f"{'PASS' if passed else 'FAIL'}: every class must be right at {PASS_PSNR:g} dB or "
-            f"better; picture: {self.folder / 'verdict.png'}")
+            f"better; picture: {self.folder / 'verdict.png'}"
+            + (cure if config.data.samples_per_class > 1 and not passed else ""))
         return passed
