@@ -3,11 +3,13 @@
 Networks and image sizes are timed in turns, so that the ratios hold on a machine whose speed
 drifts; what would disturb each other (loaders, whole batches on a GPU) one after the other. --peer
 adds other networks for the same task, where their packages are installed; --sizes adds the cost by
-image size; on CUDA the batch size and each optimisation follow by themselves. Everything measured
-also lands in a JSON file.
+image size; on CUDA the batch size and each optimisation follow by themselves, a compilation each,
+of which --minutes leaves out what has not begun by then. Everything measured also lands in a JSON
+file.
 """
 
 import gc
+import math
 import multiprocessing
 import os
 import statistics
@@ -127,12 +129,22 @@ class Report:
 
     Args:
         rounds: how often everything is timed.
+        minutes: after which nothing new begins.
     """
 
-    def __init__(self, path: Path, facts: dict, device: torch.device, rounds: int):
+    def __init__(self, path: Path, facts: dict, device: torch.device, rounds: int,
+                 minutes: float = math.inf):
         self.path, self.content = path, {"facts": facts, "measurements": []}
         self.device, self.rounds = device, rounds
+        self.ends = time.monotonic() + 60 * minutes
         print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+
+    def has_time_for(self, part: str) -> bool:
+        """Whether this part may still begin; said where it may not."""
+        if time.monotonic() < self.ends:
+            return True
+        print(f"left out, since the minutes are over: {part}", flush=True)
+        return False
 
     def time(self, works: dict[str, Callable]) -> dict[str, list[float]]:
         return time_in_turns(works, self.rounds, self.device)
@@ -432,14 +444,22 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
 
 
 def compare_on_cuda(report: Report, config: Config) -> None:
-    """What only a GPU shows: batch sizes, each optimisation taken away, whole grids."""
-    size, device = config.data.image_size, report.device
+    """What only a GPU shows: batch sizes, and each optimisation taken away."""
+    device = report.device
     for images in BATCH_SIZES:
-        time_training(report, f"batch {images}", config, images)
+        if report.has_time_for(name := f"batch {images}"):
+            time_training(report, name, config, images)
     for name, (changes, context) in without_compiled(SWITCHES, device).items():
+        if not report.has_time_for(name):
+            continue
         changed = settings.apply_overrides(config, changes)
         with context():
             time_training(report, name, changed, config.train.batch_size)
+
+
+def time_grids(report: Report, config: Config) -> None:
+    """Whole guided grids, once each."""
+    size, device = config.data.image_size, report.device
     model, scheduler = build_model(config, device)
     labels = torch.arange(GRID_PICTURES, device=device) % len(CLASS_NAMES)
     for sampler, steps in GRIDS:
@@ -484,6 +504,8 @@ def parse_arguments():
     parser.add_argument("--peer", action="store_true", help="time other networks as well")
     parser.add_argument("--sizes", action="store_true", help="also the cost by image size")
     parser.add_argument("--rounds", metavar="N", default="9", help="timed calls of each (9)")
+    parser.add_argument("--minutes", metavar="N",
+                        help="leave out what has not begun by then (nothing)")
     parser.add_argument("--json", metavar="FILE", default="benchmark.json",
                         help="where the figures go (benchmark.json)")
     add_config_flags(parser, ("model", "data", "train", "sample"))
@@ -493,6 +515,7 @@ def parse_arguments():
 def main() -> int:
     args = parse_arguments()
     rounds = parse_whole("--rounds", args.rounds)
+    minutes = parse_whole("--minutes", args.minutes) if args.minutes else math.inf
     overrides = config_overrides(args)
     device = choose_device(settings.apply_overrides(settings.full(), overrides))
     overrides.setdefault("train.batch_size", "4" if device.type == "cpu" else "128")
@@ -507,7 +530,7 @@ def main() -> int:
         "training": precision_name(training_dtype(config, device)),
         "sampling": precision_name(sampling_dtype(config, device)),
         "batch": config.train.batch_size, "image_size": config.data.image_size,
-    }, device, rounds)
+    }, device, rounds, minutes)
     networks = {"ours": new_network("ours", config, device)}
     for name in PEERS if args.peer else ():
         try:
@@ -519,12 +542,12 @@ def main() -> int:
     networks.clear()
     data = compare_data(report, config)
     report.note("data", "share of a training step", share=data / per_image["ours"])
-    if on_cuda:
-        compare_on_cuda(report, config)
-        compare_sampling(report, config)
-    if args.sizes:
-        compare_sizes(report, config)
-    compare_processes(report, config)
+    later = {"grids": time_grids, "batch sizes and optimisations": compare_on_cuda,
+             "ways of sampling": compare_sampling} if on_cuda else {}
+    later |= {"image sizes": compare_sizes} if args.sizes else {}
+    for part, compare in (later | {"a process of several": compare_processes}).items():
+        if report.has_time_for(part):
+            compare(report, config)
     print(f"written to {path}")
     return 0
 

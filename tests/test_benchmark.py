@@ -64,12 +64,30 @@ def test_what_is_measured_on_cuda_runs_through(monkeypatch):
     switches = ((torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
                 (benchmark.training_engine, "Muon"))
     before = [getattr(*switch) for switch in switches]
+    benchmark.time_grids(report, config)
     benchmark.compare_on_cuda(report, config)
     found = {(m["what"], m["name"], m["images"]) for m in report.content["measurements"]}
     assert found == {("training step", "batch 2", 2), ("grid", "ddpm, 2 steps, guided", 2)} | {
         ("training step", name, 3) for name in benchmark.SWITCHES
     }
     assert [getattr(*switch) for switch in switches] == before
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_what_has_not_begun_when_the_minutes_are_over_is_left_out(monkeypatch, capsys):
+    began = []
+
+    def time_training(report, name, config, images):
+        began.append(name)
+        monkeypatch.setattr(benchmark.time, "monotonic", lambda: report.ends)
+
+    monkeypatch.setattr(benchmark, "time_training", time_training)
+    report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1, minutes=2)
+    benchmark.compare_on_cuda(report, full())
+    assert began == ["batch 64"]
+    said = capsys.readouterr().out
+    left_out = ["batch 256", "batch 1024", *benchmark.SWITCHES]
+    assert all(f"the minutes are over: {name}\n" in said for name in left_out)
 
 
 @pytest.mark.parametrize("problem", ["", "no C compiler"])
