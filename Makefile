@@ -19,11 +19,14 @@ of_doctor := DATASET DEVICE ARGS
 of_bench := BATCH_SIZE DEVICE ARGS
 $(foreach goal,data status monitor gpu-status check,$(eval of_$(goal) := ARGS))
 $(foreach goal,clean clean-all clean-cuda,$(eval of_$(goal) := CONFIRM))
+$(foreach goal,help install,$(eval of_$(goal) :=))
 goals := $(or $(MAKECMDGOALS),help)
 given := $(foreach name,$(.VARIABLES),$(if \
   $(and $(findstring command line,$(origin $(name))),$(value $(name))),$(name)))
 unused := $(firstword $(filter-out $(MACHINE) $(foreach goal,$(goals),$(of_$(goal))),$(given)))
-ifneq ($(unused),)
+# Of a target that does not exist make itself says so.
+mistyped := $(foreach goal,$(goals),$(filter undefined,$(origin of_$(goal))))
+ifneq ($(if $(mistyped),,$(unused)),)
   $(error `make $(goals)` has no variable $(unused), but: $(sort $(MACHINE) \
     $(foreach goal,$(goals),$(of_$(goal)))); `make help` says more)
 endif
@@ -36,7 +39,7 @@ ifdef PYTHON
   EVALUATION_ENVIRONMENT := check-python
   TEST_ENVIRONMENT := check-python
 else
-  PYTHON := .venv/bin/python
+  override PYTHON := .venv/bin/python
   ENVIRONMENT := .venv/.installed
   EVALUATION_ENVIRONMENT := .venv/.installed-eval
   TEST_ENVIRONMENT := .venv/.installed-dev
@@ -63,8 +66,10 @@ GENERATE_FLAGS = $(call argument,CHECKPOINT) $(call flags,$(DRAWING) CLASSES) \
   $(call switch,GRID,--grid-only) $(call switch,TRAJECTORY,--trajectory) $(ARGS)
 EVALUATE_FLAGS = $(call argument,CHECKPOINT) $(call flags,DATA_DIR $(DRAWING) $(SCORING)) $(ARGS)
 CLEAN_FLAGS = $(call switch,CONFIRM,--yes)
-REQUIRE_BASE = '$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-  echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another: BASE_PYTHON=python3.12" >&2; exit 1; }
+OLD = import sys; sys.exit(sys.version_info < (3, 11))
+REQUIRE_BASE = '$(BASE_PYTHON)' -c '$(OLD)' 2> /dev/null || { \
+  echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another:" \
+    "$(if $(filter $(BASE_PYTHON),$(PYTHON)),PYTHON,BASE_PYTHON)=python3.12" >&2; exit 1; }
 
 .PHONY: help install demo data train overfit test quick-test report generate evaluate status monitor \
   doctor gpu-status bench check clean clean-all clean-cuda check-python
@@ -132,7 +137,7 @@ bench: $(ENVIRONMENT)  ## Speed and memory of training and sampling on this mach
 check: $(TEST_ENVIRONMENT)  ## The test suite
 	@'$(PYTHON)' -m pytest -q tests $(TEST_FLAGS) $(ARGS)
 
-clean:  ## Remove runs and generated pictures, listing them first (CONFIRM=yes: without asking)
+clean:  ## Remove runs and pictures; asks (or CONFIRM=yes) if a full run's checkpoints are there
 	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' clean.py runs $(CLEAN_FLAGS)
 
@@ -140,7 +145,7 @@ clean-all:  ## The same, prepared data, caches and .venv
 	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' clean.py all $(CLEAN_FLAGS)
 
-clean-cuda:  ## Show who holds GPU memory, end our own leftovers after asking, clear GPU caches
+clean-cuda:  ## Show who holds GPU memory; after asking end our own leftovers, clear GPU caches
 	@$(REQUIRE_BASE)
 	@'$(BASE_PYTHON)' clean.py cuda $(CLEAN_FLAGS)
 
@@ -168,6 +173,7 @@ clean-cuda:  ## Show who holds GPU memory, end our own leftovers after asking, c
 check-python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "error: PYTHON=$(PYTHON) is no program here; name \
 	an interpreter, or leave PYTHON= out" >&2; exit 1; }
+	@$(REQUIRE_BASE)
 	@'$(PYTHON)' -c 'import importlib.util as u, sys; m = [p for p in \
 	  ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL") if not u.find_spec(p)]; \
 	  sys.exit("error: $(PYTHON) lacks " + ", ".join(m) + "; install requirements.txt there or leave PYTHON= out" if m else 0)'

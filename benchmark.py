@@ -76,6 +76,7 @@ GRIDS = (("ddpm", 1000), ("ddpm", 50), ("sde-dpm-solver++", 25))  # samplers and
 SWITCHES = {
     "without compile": ({"train.compile": "false"}, nullcontext),
     "without channels_last": ({"train.channels_last": "false"}, nullcontext),
+    "in CUDA graphs": ({}, partial(inductor.patch, {"triton.cudagraphs": True})),
     "channels_last throughout": ({}, partial(inductor.patch, force_layout_optimization=True)),
     "cuDNN trying kernels": (
         {}, partial(cudnn.flags, enabled=True, benchmark=True, allow_tf32=False)
@@ -516,6 +517,9 @@ def main() -> int:
     args = parse_arguments()
     rounds = parse_whole("--rounds", args.rounds)
     minutes = parse_whole("--minutes", args.minutes) if args.minutes else math.inf
+    path = Path(args.json)
+    if not path.parent.is_dir():
+        raise ConfigError(f"--json {path} is in no folder that exists; check the path")
     overrides = config_overrides(args)
     device = choose_device(settings.apply_overrides(settings.full(), overrides))
     overrides.setdefault("train.batch_size", "4" if device.type == "cpu" else "128")
@@ -523,7 +527,6 @@ def main() -> int:
     if config.train.batch_size == AUTO_BATCH:
         raise ConfigError("the batch size of a benchmark must be a number, not auto")
     on_cuda = device.type == "cuda"
-    path = Path(args.json)
     report = Report(path, {
         "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",
         "threads": torch.get_num_threads(), "torch": str(torch.__version__),

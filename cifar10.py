@@ -1,9 +1,9 @@
 """CIFAR-10 on disk: find it, fetch it, check it and prepare it once.
 
 Prepared data are uint8 arrays under data/prepared/, one folder per source, written atomically and
-reused. Pictures smaller than the model's image size are stored as they are and enlarged per batch
-on the device (bicubic), which takes a sixteenth of the memory for the 32-pixel originals; larger
-ones are cropped to their central square and reduced once (Lanczos).
+reused. Square pictures of one size below the model's image size are stored as they are and enlarged
+per batch on the device (bicubic), which takes a sixteenth of the memory for the 32-pixel originals;
+all others are cropped to their central square and resized once (Lanczos).
 """
 
 import fcntl
@@ -56,9 +56,9 @@ CONNECTION_SECONDS = 30  # without an answer from the server, after which there 
 THREE_WAYS = (
     "no CIFAR-10 was found. Three ways to get it: (1) set DATA_DIR to a folder or zip with one "
     "folder of pictures per class; (2) put cifar-10-python.tar.gz into data/; (3) run `make data` "
-    "on a machine with internet access. `DATASET=pictograms` trains on the built-in pictograms."
+    "on a machine with internet access, which leaves that file in data/. `DATASET=pictograms` "
+    "trains on the built-in pictograms."
 )
-
 
 
 def folder_labels(class_names: tuple[str, ...]) -> dict[str, int]:
@@ -100,6 +100,7 @@ def find_source(data_dir: str) -> Path | None:
         path = Path(os.path.expanduser(data_dir))
         if not path.exists():
             raise DataError(f"DATA_DIR {data_dir} does not exist; check the path")
+        holds_something(path)  # or says that it is closed
         return path
     candidates = (*SEARCH_PATH, REPOSITORY_DATA / "cifar-10-python.tar.gz",
                   REPOSITORY_DATA / "cifar-10-batches-py")
@@ -107,11 +108,17 @@ def find_source(data_dir: str) -> Path | None:
 
 
 def holds_something(path: Path) -> bool:
-    """Whether path is a file or a folder that is not empty; one that is closed to us is not."""
+    """Whether path is a file or a folder that is not empty; DataError where it is closed to us."""
     try:
-        return any(path.iterdir()) if path.is_dir() else path.exists()
-    except PermissionError:
+        if not path.is_dir():
+            return path.exists()
+    except PermissionError:  # below a folder of another user, who keeps it for himself
         return False
+    try:
+        with os.scandir(path) as entries:
+            return any(entries)
+    except PermissionError as error:
+        refuse_folder(error)
 
 
 def is_cifar_archive(path: Path) -> bool:
@@ -215,7 +222,8 @@ def list_zip(container: Path) -> Iterator[Picture]:
     try:
         archive = zipfile.ZipFile(container)
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise DataError(f"{container} is not a readable zip file ({error})") from error
+        raise DataError(f"{container} is not a readable zip file ({error}); pictures come in "
+                        "folders, zips or cifar-10-python.tar.gz") from error
     for info in archive.infolist():
         member = info.filename.replace("\\", "/")  # as Windows may have written it
         place = locate(Path(container.stem, member))  # train.zip may hold a training set

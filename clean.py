@@ -1,7 +1,8 @@
 """Remove what the product made: `make clean`, `make clean-all`, `make clean-cuda`.
 
-Lists everything with its size before it goes, asks where a full run is among it, and refuses while
-a run is alive. Downloads and pictures that the user put into data/ are never touched.
+Lists everything with its size before it goes, asks where a full run or what other programs use is
+among it, and refuses while a run is alive. Downloads and pictures that the user put into data/ are
+never touched.
 """
 
 import os
@@ -48,7 +49,8 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def remove(paths: list[Path], *, ask: bool) -> int:
+def remove(paths: list[Path], what: str, *, ask: bool) -> int:
+    """Remove them; `what` they are besides, where it has to be asked."""
     if not paths:
         print("nothing to remove")
         return 0
@@ -56,8 +58,8 @@ def remove(paths: list[Path], *, ask: bool) -> int:
         print(f"{size_mib(path):10.1f} MiB  {path}")
     if ask:
         if not sys.stdin.isatty():
-            sys.exit("error: checkpoints of a full run are among these; say CONFIRM=yes")
-        if not confirmed("remove them, checkpoints of a full run included?"):
+            sys.exit(f"error: these are {what}; say CONFIRM=yes to remove them")
+        if not confirmed(f"these are {what}; remove them?"):
             print("nothing was removed")
             return 1
     for path in paths:
@@ -122,7 +124,8 @@ def clean_cuda(*, ask: bool) -> int:
     # Inductor's default place, whose name ends in some form of the user's.
     inductor = [path for path in Path(tempfile.gettempdir()).glob("torchinductor_*")
                 if path.stat().st_uid == os.getuid()]
-    return remove([path for path in (*CUDA_CACHES, *inductor) if path.exists()], ask=False)
+    caches = [path for path in (*CUDA_CACHES, *inductor) if path.exists()]
+    return remove(caches, "compile caches of all your programs, which may be running", ask=ask)
 
 
 def main() -> int:
@@ -139,7 +142,7 @@ def main() -> int:
     full_run = any(path.name.startswith("checkpoints") and any(path.rglob("*.pt"))
                    and not path.name.startswith(("checkpoints_overfit", "checkpoints_demo"))
                    for path in paths)
-    return remove(paths, ask=full_run and not args.yes)
+    return remove(paths, "results with checkpoints of a full run", ask=full_run and not args.yes)
 
 
 if __name__ == "__main__":

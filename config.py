@@ -1,6 +1,7 @@
 """Every hyperparameter, once, with its unit and reason; the modes; overrides; plain dicts.
 
-Order of precedence: the defaults below (the full run) < the mode's preset < the command line.
+Order of precedence: the defaults below (the full run) < the mode's preset, or what a run that is
+continued was started with < the command line.
 """
 
 import difflib
@@ -430,4 +431,5 @@ def parse_value(name: str, kind, value: object):
         parts = text.strip("()").split(",")
         return tuple(kind.__args__[0](part) for part in parts if part.strip())
     except (ValueError, KeyError):
-        raise ConfigError(f"{name} must be {KINDS[kind]}, not {value!r}") from None
+        auto = " or auto" if name == "train.batch_size" else ""
+        raise ConfigError(f"{name} must be {KINDS[kind]}{auto}, not {value!r}") from None

@@ -23,7 +23,7 @@ PACKAGES = {"numpy": "numpy", "pillow": "PIL.Image", "torch": "torch", "torchvis
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 11)
 TRIAL_IMAGES = 2
-DATA_BYTES = 2 * 2**30  # for archive, prepared arrays and caches
+DATA_BYTES = 4 * 2**30  # for archive, arrays (2.8 GiB of 128x128 pictures) and caches
 PROCESS_BYTES = 4 * 2**30  # of main memory, for torch, the pictures and a batch on a CPU
 USER_ERRORS = (ConfigError,)
 WIDTH = 79
@@ -107,8 +107,8 @@ def check_data(config: Config) -> Finding:
     try:
         source = find_source(config.data.data_dir)
         if source is None:
-            return Finding(True, "no pictures found", "`make train` will download CIFAR-10 "
-                           "(170 MB), `make train DATA_DIR=...` uses your own")
+            return Finding(True, "no pictures found", "`make data` tries to download CIFAR-10 "
+                           "(170 MB) now, as `make train` will; DATA_DIR= uses your own")
         archive, pictures, folder = contents(source, config.data)
         if not archive:
             assign_splits(pictures, source)

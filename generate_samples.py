@@ -54,11 +54,8 @@ def parse_arguments():
 
 def parse_seeds(first: str, samples: str) -> list[int]:
     """The seeds first, first + 1, ... of each class's pictures."""
-    rows = cli.parse_whole("--samples", samples)
+    rows = cli.parse_whole("--samples", samples, most=MOST_SAMPLES)
     seed = cli.parse_seed(first, rows)
-    if rows > MOST_SAMPLES:
-        raise ConfigError(f"--samples must be at most {MOST_SAMPLES}, not {rows}; draw the next "
-                          f"ones in another call, with --seed {seed + MOST_SAMPLES}")
     return list(range(seed, seed + rows))
 
 

@@ -159,7 +159,7 @@ def status_rows(run: RunState, now: float, checkpoints: int) -> list[tuple[str, 
     step = run.train[-1]["step"] if run.train else 0
     lately = [w for w in run.warnings if w["step"] >= WARNED * step][-1:]  # the rest is history
     sentence = "".join(f"step {w['step']}: {w['message']}" for w in lately)
-    cautions = textwrap.wrap(sentence, 66)
+    cautions = textwrap.wrap(sentence, 65)  # beside the labels, in 80 columns
     if not cautions and run.validation and run.validation[-1].get("warnings") == 0:
         cautions = [f"{verdict(0)} (validation at step {run.validation[-1]['step']})"]
     return [
@@ -293,6 +293,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the same as JSON, once")
     parser.add_argument("--root", type=Path, default=Path(), help="where the run directories are")
     args = parser.parse_args()
+    if not args.root.is_dir():
+        sys.exit(f"error: --root {args.root} is no folder; check the path")
     sys.stdout.reconfigure(errors="replace")  # for an output that lacks the blocks
     if args.json:
         content = {"runs": as_json(find_runs(args.root))}

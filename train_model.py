@@ -104,7 +104,7 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     if conflicts:
         listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in conflicts.items())
         if "data.dataset" in conflicts and os.environ.get("DATA_DIR"):
-            listed += " by DATA_DIR in the environment"
+            listed += " by DATA_DIR"
         raise ConfigError(
             f"the run in {RUN_DIRECTORIES[mode]} was started with {listed}; drop the change to "
             "continue it, or start anew with --fresh (make: FRESH=1)"
@@ -122,6 +122,9 @@ def changes(config: Config, saved: Config) -> str:
 def load_data(config: Config, may_fall_back: bool):
     """(config, splits); without any data a small new run falls back to the pictograms, aloud."""
     arguments = {"seed": config.train.seed, "progress": progress, "say": say}
+    if config.data.dataset == "pictograms" and config.data.data_dir:
+        say(f"the pictures of {config.data.data_dir} are not used: this run learns the built-in "
+            "pictograms")
     try:
         return config, load_splits(config.data, **arguments)
     except DataError as error:

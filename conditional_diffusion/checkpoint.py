@@ -47,7 +47,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, best.pt, then oldest first; an absent folder has none."""
-    return sorted(path for path in Path(folder).glob("*.pt") if NAME.fullmatch(path.name))
+    try:
+        names = os.listdir(folder)  # which does not keep silent about a folder that is closed to us
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [Path(folder, name) for name in sorted(names) if NAME.fullmatch(name)]
 
 
 def expected_bytes(model: torch.nn.Module) -> int:

@@ -96,7 +96,7 @@ def test_without_a_compiler_only_what_needs_none_is_measured(monkeypatch, capsys
     kept = list(benchmark.without_compiled(benchmark.SWITCHES, CPU))
     said = capsys.readouterr().out
     if problem:
-        assert set(benchmark.SWITCHES) - set(kept) == {"compiled with the loss"}
+        assert set(benchmark.SWITCHES) - set(kept) == {"compiled with the loss", "in CUDA graphs"}
         assert said.startswith("left out") and problem in said and "with the loss" in said
     else:
         assert kept == list(benchmark.SWITCHES) and said == ""
@@ -133,6 +133,13 @@ def test_a_batch_size_has_to_be_a_number(call):
     status, said = call(benchmark, "--device", "cpu", "--batch-size", "auto")
     assert status == 1
     assert_one_sentence(said, "must be a number, not auto")
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_place_for_the_figures_is_wanted_before_they_are_measured(call):
+    status, said = call(benchmark, "--device", "cpu", "--json", "nowhere/figures.json")
+    assert status == 1
+    assert_one_sentence(said, "--json nowhere/figures.json")
 
 
 @pytest.mark.usefixtures("own_directory")

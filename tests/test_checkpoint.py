@@ -115,6 +115,15 @@ def test_list_is_by_step_and_an_absent_folder_has_none(tmp_path):
     assert list_checkpoints(tmp_path / "absent") == []
 
 
+def test_a_folder_that_is_closed_to_us_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", closed)
+    with pytest.raises(PermissionError):
+        list_checkpoints(tmp_path)
+
+
 # Writing
 
 

@@ -322,7 +322,7 @@ def test_resume_refuses_what_would_be_another_model(call, monkeypatch):
     assert_one_sentence(call(train_model, "--full", "--seed", 1)[1], "train.seed 0 (now 1)")
     monkeypatch.setenv("DATA_DIR", "/elsewhere")
     said = call(train_model, "--full")[1]
-    assert_one_sentence(said, "pictograms (now cifar10) by DATA_DIR in the environment")
+    assert_one_sentence(said, "pictograms (now cifar10) by DATA_DIR")
     monkeypatch.delenv("DATA_DIR")
     said = call(train_model, "--full", "--batch-size", 5)[1]  # would give it another length
     assert_one_sentence(said, "train.batch_size 128 (now 5)")
@@ -496,6 +496,8 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
     monkeypatch.undo()
     status, said = call(train_model, "--quick-test", *TINY_FLAGS, "--dataset", "cifar10")
     assert status == 1, "what was asked for is not replaced"
+    status, said = call(train_model, "--quick-test", *PICTOGRAMS, "--data-dir", "/nowhere")
+    assert status == 0 and "the pictures of /nowhere are not used" in said
 
 
 @pytest.mark.parametrize(

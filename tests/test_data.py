@@ -302,6 +302,29 @@ def test_a_folder_that_is_closed_to_us_is_named(tmp_path, monkeypatch):
         load(data_dir=str(source))
 
 
+def test_a_closed_place_of_the_search_is_named_and_not_passed_over(monkeypatch):
+    place, scandir = Path("data/cifar10-128x128"), os.scandir
+    write_tree(place, class_tree())
+
+    def closed(path):
+        if Path(path) == place:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for data_dir in ("", str(place)):
+        with pytest.raises(DataError, match=f"{place} cannot be read .Permission denied.; change"):
+            cifar10.find_source(data_dir)
+
+
+def test_a_place_below_a_folder_of_another_user_is_passed_over(monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+    assert cifar10.find_source("") is None
+
+
 @pytest.mark.parametrize("orientation", range(9))
 def test_pictures_are_turned_as_their_exif_says_even_where_it_is_faulty(orientation):
     image = Image.fromarray(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3))

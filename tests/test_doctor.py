@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_to(lines, monkeypatch):
 def test_a_full_disk(lines, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    assert "0.0 GiB free, a full run takes about 2.0 GiB" in failing(lines(), "disk")
+    assert "0.0 GiB free, a full run takes about 4.0 GiB" in failing(lines(), "disk")
 
 
 def test_scarce_memory_is_noted(lines, monkeypatch):

@@ -204,6 +204,24 @@ def test_an_old_python_is_named(copy, tmp_path, target):
     assert result.stderr.startswith(f"error: {old} is missing or older than 3.11")
 
 
+def test_a_python_that_does_not_exist_is_named_with_the_variable_that_named_it(copy):
+    for target in ("status", "demo"):
+        result = make(target, "PYTHON=/nowhere/python", folder=copy)
+        assert result.returncode == 2 and "/nowhere/python" in result.stderr
+        assert "BASE_PYTHON" not in result.stderr and "bash" not in result.stderr
+
+
+def test_an_empty_python_is_none(copy):
+    empty, none = (make("-n", "data", *words, folder=copy) for words in (["PYTHON="], []))
+    assert empty.stdout == none.stdout and ".venv/bin/python" in none.stdout
+
+
+def test_a_mistyped_target_is_not_blamed_on_its_variables():
+    result = make("trian", "EPOCHS=3")
+    assert result.returncode != 0
+    assert "No rule to make target 'trian'" in result.stderr and "EPOCHS" not in result.stderr
+
+
 def test_python_without_packages_is_refused_with_the_cure(copy, tmp_path):
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec {sys._base_executable} -I -S "$@"\n')
@@ -340,3 +358,13 @@ def test_clean_cuda_ends_own_leftovers_and_nothing_else(copy, orphan, tmp_path, 
     assert everything_ran and "left alone; CONFIRM=yes" in asked.stdout
     assert f"ended process {ours}" in done.stdout and "is theirs" in done.stdout
     assert running == [False, True, True, True]
+
+
+def test_clean_cuda_asks_before_the_caches_of_all_programs_go(copy, tmp_path):
+    cache = tmp_path / ".triton" / "cache"
+    cache.mkdir(parents=True)
+    here = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    refused = make("clean-cuda", folder=copy, environment=here)
+    assert refused.returncode != 0 and "all your programs" in refused.stderr and cache.exists()
+    assert make("clean-cuda", "CONFIRM=yes", folder=copy, environment=here).returncode == 0
+    assert not cache.exists()

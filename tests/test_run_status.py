@@ -217,6 +217,21 @@ def test_status_fits_80_columns(tmp_path, hold_lock):
     assert max(map(len, status_of(tmp_path).split("\n"))) == 80
 
 
+def test_no_letter_of_a_warning_is_lost(tmp_path):
+    message = " ".join(f"{number}" * 13 for number in range(9))
+    warning = {"kind": "warning", "epoch": 1, "time": NOW, "step": 10, "message": message}
+    for shift in range(14):  # so that some line is full
+        warning["message"] = "x" * shift + " " + message
+        write_run(tmp_path, records=[train(10), warning])
+        words = status_of(tmp_path).split()
+        assert set(message.split()) <= set(words), shift
+
+
+def test_a_root_that_does_not_exist_is_no_place_without_runs(tmp_path):
+    done = run_script("status", "--root", tmp_path / "nowhere")
+    assert done.returncode == 1 and "is no folder" in done.stderr
+
+
 def test_time_left_by_hand(tmp_path, hold_lock):
     # Only the last 20 records count: steps 60 to 250 in 190 + 190 * 2 = 570 s, so 3 s a step.
     records = [train(step, time=NOW - 5000 + 10 * step) for step in (10, 20, 30, 40, 50)]
