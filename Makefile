@@ -38,7 +38,7 @@ ifdef PYTHON
   ENVIRONMENT := check-python
   EVALUATION_ENVIRONMENT := check-python
   TEST_ENVIRONMENT := check-python
-else
+else  # or empty
   override PYTHON := .venv/bin/python
   ENVIRONMENT := .venv/.installed
   EVALUATION_ENVIRONMENT := .venv/.installed-eval
@@ -66,8 +66,7 @@ GENERATE_FLAGS = $(call argument,CHECKPOINT) $(call flags,$(DRAWING) CLASSES) \
   $(call switch,GRID,--grid-only) $(call switch,TRAJECTORY,--trajectory) $(ARGS)
 EVALUATE_FLAGS = $(call argument,CHECKPOINT) $(call flags,DATA_DIR $(DRAWING) $(SCORING)) $(ARGS)
 CLEAN_FLAGS = $(call switch,CONFIRM,--yes)
-OLD = import sys; sys.exit(sys.version_info < (3, 11))
-REQUIRE_BASE = '$(BASE_PYTHON)' -c '$(OLD)' 2> /dev/null || { \
+REQUIRE_BASE = '$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
   echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another:" \
     "$(if $(filter $(BASE_PYTHON),$(PYTHON)),PYTHON,BASE_PYTHON)=python3.12" >&2; exit 1; }
 
