@@ -36,7 +36,7 @@ from training_monitor import (
 PASS_PSNR = 20.0  # dB to the nearest training image; the overfit run's pass mark
 LARGEST_TRAINING_BATCH = 1024  # beyond it each image teaches less
 MEASURED_IMAGES = 1000  # from which the power of every frequency is taken
-GRID_ROWS = 4  # pictures per class in a grid, of runs that train on more than one image each
+GRID_ROWS = 4  # pictures per class in a grid, unless there are fewer training images
 
 
 def peak_memory_gib(device) -> float:
@@ -250,10 +250,14 @@ class Run:
                 self.monitor.warn(self.engine.step, finding)
         self.monitor.record("validation", **record)
 
+    @property
+    def grid_rows(self) -> int:
+        """Pictures per class in a grid: at most as many as every class has training images."""
+        return min(GRID_ROWS, int(self.splits["train"].labels.bincount().min()))
+
     def draw(self) -> None:
-        rows = 1 if self.config.data.samples_per_class == 1 else GRID_ROWS
         for name, model in (("raw", self.model), ("ema", self.engine.ema_model)):
-            images = self.sample(model, rows, grid=True)
+            images = self.sample(model, self.grid_rows, grid=True)
             if self.monitor:
                 self.monitor.draw_samples(self.engine.step, name, to_arrays(images), CLASS_NAMES)
         # In the short runs young pictures say nothing.
@@ -270,9 +274,8 @@ class Run:
 
     def draw_originals(self) -> None:
         """The first training images of every class, to lie beside the samples."""
-        train = self.splits["train"]
-        rows = min(GRID_ROWS, int(train.labels.bincount().min()))
-        first = train.first_per_class(rows)
+        rows = self.grid_rows
+        first = self.splits["train"].first_per_class(rows)
         by_row = first.labels.argsort(stable=True).view(-1, rows).T.flatten()
         images = to_x_start(first.images[by_row], self.config.data.image_size)
         self.monitor.draw_samples(0, "originals", to_arrays(images), CLASS_NAMES)
@@ -363,7 +366,7 @@ class Run:
         Writes verdict.json and verdict.png: nearest training images above, samples below.
         """
         config, train, classes = self.config, self.splits["train"], len(CLASS_NAMES)
-        rows = min(GRID_ROWS, config.data.samples_per_class)
+        rows = self.grid_rows
         pictures = self.sample(self.engine.ema_model, rows, grid=False)
         originals = to_x_start(train.images.to(self.device), config.data.image_size)
         index, decibels = nearest_images(pictures, originals)

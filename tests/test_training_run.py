@@ -121,19 +121,22 @@ def test_validation_losses_are_of_the_named_weights_and_labels(make_run):
     assert {name: record[name] for name in expected} == expected
 
 
-def test_grids_and_verdict_are_of_the_named_weights(make_run, monkeypatch):
-    run, asked = make_run(data__samples_per_class=1), []
+@pytest.mark.parametrize("images, rows", [(1, 1), (2, 2), (4, 3)])
+def test_grids_and_verdict_are_of_the_named_weights(make_run, monkeypatch, images, rows):
+    run, asked = make_run(), []
+    run.splits["train"] = run.splits["train"].first_per_class(images)
 
     def sample(model, rows, *, grid):
         asked.append((model, rows, grid))
-        return torch.zeros(10, 3, 16, 16)
+        return torch.zeros(10 * rows, 3, 16, 16)
 
+    monkeypatch.setattr(training_run, "GRID_ROWS", 3)
     monkeypatch.setattr(run, "sample", sample)
     run.monitor, run.config = Notes(), replace(run.config, mode="demo")
     run.draw()
     run.verdict()
     ema = run.engine.ema_model
-    assert asked == [(run.model, 1, True), (ema, 1, True), (ema, 1, False)]
+    assert asked == [(run.model, rows, True), (ema, rows, True), (ema, rows, False)]
     assert run.monitor.drawn == ["raw", "ema"]
 
 
@@ -211,8 +214,9 @@ def test_originals_stand_under_their_classes(make_run, splits):
 def test_a_verdict_of_two_rows_names_and_shows_each_with_its_original(
     make_run, splits, monkeypatch, tmp_path
 ):
-    run, shown = make_run(data__samples_per_class=2), []
+    run, shown = make_run(), []
     originals = to_x_start(splits["train"].images[taking_turns(2)], 16)
+    run.splits["train"] = splits["train"].first_per_class(2)
     monkeypatch.setattr(run, "sample", lambda *args, **options: originals + 0.02)
     draw = training_run.labelled_grid
     monkeypatch.setattr(
