@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,6 @@ from build import (
 )
 from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_whole
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine, training_engine
-from conditional_diffusion.muon import Muon
 from conditional_diffusion.processes import average_gradients
 from conditional_diffusion.sampler import autocast
 from conditional_diffusion.training_engine import diffusion_loss
@@ -72,6 +71,17 @@ GRID_PICTURES = 100
 GRIDS = (("ddpm", 1000), ("ddpm", 50), ("sde-dpm-solver++", 25))  # samplers and their steps
 
 
+@contextmanager
+def products_in_tf32() -> Iterator[None]:
+    """What mixed precision leaves in float32, of which Muon's products are most."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 # What differs from the product: settings, and those of torch that the product leaves alone.
 SWITCHES = {
     "without compile": ({"train.compile": "false"}, nullcontext),
@@ -85,10 +95,7 @@ SWITCHES = {
         {"train.compile": "false"}, partial(patch.object, training_engine, "diffusion_loss",
                                             torch.compile(diffusion_loss, dynamic=False)),
     ),
-    "Muon in float32": (
-        {}, partial(patch.object, training_engine, "Muon",
-                    lambda weights, dtype, **options: Muon(weights, **options)),
-    ),
+    "float32 products in TF32": ({}, products_in_tf32),
     "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
 }
 COMPILED = ("compiled with the loss", "compiled", "in CUDA graphs")  # not by compile_training

@@ -89,7 +89,12 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
     """
     preset = settings.PRESETS[mode]()
     if saved is None:
-        return settings.apply_overrides(preset, overrides)
+        config = settings.apply_overrides(preset, overrides)
+        if mode == "overfit":
+            # Images of one class can be told apart by the noise alone, which takes longer to learn.
+            epochs = preset.train.epochs * config.data.samples_per_class
+            config = settings.apply_overrides(config, {"train.epochs": epochs, **overrides})
+        return config
     if str(overrides.get("train.batch_size")) in ("auto", str(AUTO_BATCH)):
         # It was chosen when the run began.
         overrides = {k: v for k, v in overrides.items() if k != "train.batch_size"}

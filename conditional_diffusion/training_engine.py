@@ -186,9 +186,7 @@ class TrainingEngine:
         rest = [weight for weight in self.model.parameters() if id(weight) not in chosen]
         # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
         adamw = [torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **options)] if rest else []
-        # In float16 the squares of small gradients would be lost.
-        dtype = torch.bfloat16 if self.autocast_dtype is torch.bfloat16 else torch.float32
-        return adamw + ([Muon(matrices, dtype=dtype, **options)] if matrices else [])
+        return adamw + ([Muon(matrices, **options)] if matrices else [])
 
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
         """One optimizer step on x_start (B, C, H, W) in [-1, 1] with class_labels (B,).

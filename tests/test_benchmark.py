@@ -62,7 +62,7 @@ def test_what_is_measured_on_cuda_runs_through(monkeypatch):
     config = apply_overrides(full(), {**overrides, "train.batch_size": "3"})
     report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1)
     switches = ((torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "allow_tf32"),
-                (benchmark.training_engine, "Muon"))
+                (torch.backends.cuda.matmul, "allow_tf32"))
     before = [getattr(*switch) for switch in switches]
     benchmark.time_grids(report, config)
     benchmark.compare_on_cuda(report, config)

@@ -64,6 +64,17 @@ def test_quick_test_then_generate(call):
         assert image.size == (16, 16) and image.text["class"] == "cat"
 
 
+@pytest.mark.parametrize("mode, given, epochs", [
+    ("overfit", {}, 15), ("overfit", {"data.samples_per_class": "3"}, 45),
+    ("overfit", {"data.samples_per_class": 3, "train.epochs": "2"}, 2),
+    ("quick-test", {"data.samples_per_class": 3}, 2), ("full", {"data.samples_per_class": 3}, 100),
+])
+def test_overfit_takes_more_epochs_for_more_images_unless_told(mode, given, epochs):
+    config = train_model.resolve_config(mode, given, None)
+    assert config.train.epochs == epochs
+    assert train_model.resolve_config(mode, {}, config).train.epochs == epochs, "continued"
+
+
 def test_overfit_verdict_decides_the_exit_status(call, monkeypatch):
     arguments = ["--overfit", *PICTOGRAMS, "--train.log_every", 1]
     status, said = call(train_model, *arguments, "--epochs", 1)

@@ -35,7 +35,7 @@ def test_each_quintic_is_the_best_there_is_for_what_the_one_before_leaves():
 
     That is Chebyshev's theorem.
     """
-    low, high = 0.01, 1.0
+    low, high = 0.003, 1.0
     for a, b, c in QUINTICS:
         s = torch.linspace(low, high, 100_001, dtype=torch.float64)
         error = a * s + b * s**3 + c * s**5 - 1
@@ -43,7 +43,7 @@ def test_each_quintic_is_the_best_there_is_for_what_the_one_before_leaves():
         signs = error[error.abs() > 0.99 * largest].sign()
         assert signs.diff().count_nonzero() == 3, (a, b, c)
         low, high = 1 - largest, 1 + largest
-    assert low > 0.73 and high < 1.27
+    assert low > 0.80 and high < 1.20
 
 
 def test_stacks_of_all_shapes_are_orthogonalised_together():
@@ -60,23 +60,11 @@ def test_stacks_of_all_shapes_are_orthogonalised_together():
 def test_singular_values_come_near_one():
     (result,) = orthogonalised([torch.randn(2, 64, 128, generator=torch.manual_seed(0))])
     values = torch.linalg.svdvals(result)
-    assert values.min() > 0.73 and values.max() < 1.27
+    assert values.min() > 0.80 and values.max() < 1.20
 
 
-@pytest.mark.parametrize("condition", [10, 1e4])
-@pytest.mark.parametrize("shape", [(2, 64, 576), (1, 256, 512), (1, 512, 128)])
-def test_in_bfloat16_directions_stay(shape, condition):
-    stack = random_matrices(*shape, condition=condition)
-    (result,) = orthogonalised([(1e-4 * stack).bfloat16()])
-    assert result.dtype == torch.bfloat16
-    result, exact = result.double(), by_decomposition(stack)
-    assert (result * exact).sum() > 0.98 * result.norm() * exact.norm()
-    assert torch.linalg.matrix_norm(result, 2).max() < 1.5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_nothing_comes_nothing(dtype):
-    stack = torch.zeros(2, 4, 6, dtype=dtype)
+def test_of_nothing_comes_nothing():
+    stack = torch.zeros(2, 4, 6)
     stack[1] = 1e-20
     (result,) = orthogonalised([stack])
     assert result.abs().max() < 1e-6 and torch.isfinite(result).all()
@@ -124,14 +112,6 @@ def test_weights_side_by_side_are_those_of_steps_one_by_one():
         own = [each[index] for each in gradients]
         alone, _ = stepped(nn.Parameter(start.clone()), own, lr=0.1, weight_decay=0.2)
         assert_close(together[index].detach(), alone, rtol=0, atol=1e-5)
-
-
-def test_products_in_bfloat16_give_float32_steps():
-    gradients = [random_matrices(1, 32, 48, seed=seed)[0] for seed in (1, 2)]
-    exact, _ = stepped(nn.Parameter(torch.zeros(32, 48)), gradients, lr=0.1)
-    found, _ = stepped(nn.Parameter(torch.zeros(32, 48)), gradients, lr=0.1, dtype=torch.bfloat16)
-    assert found.dtype == torch.float32
-    assert 0.001 < (found - exact).norm() / exact.norm() < 0.2
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (16, 16)])
@@ -191,8 +171,8 @@ def test_updates_have_one_size_whatever_the_shape():
     for shape in [(8, 8), (64, 8), (8, 512), (32, 4, 3, 3), (64, 2, 3, 3)]:
         gradient = torch.randn(shape, generator=torch.manual_seed(0))
         update, _ = stepped(nn.Parameter(torch.zeros(shape)), [gradient], lr=1.0)
-        # Half, times the singular values' 0.73 to 1.27.
-        assert 0.36 < update.square().mean().sqrt() < 0.64
+        # Half, times the singular values' 0.80 to 1.20.
+        assert 0.40 < update.square().mean().sqrt() < 0.60
 
 
 def test_it_is_for_the_weights_of_linear_layers_and_convolutions(tiny_model):

@@ -118,16 +118,6 @@ def test_every_weight_belongs_to_one_optimizer(schedule, tiny_model, optimizer, 
         engine_for(tiny_model(), schedule(), optimizer="sgd")
 
 
-@pytest.mark.parametrize("autocast_dtype, products", [
-    (None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
-])
-def test_muon_multiplies_in_the_precision_of_the_network(
-    schedule, tiny_model, autocast_dtype, products
-):
-    engine = engine_for(tiny_model(), schedule(), autocast_dtype=autocast_dtype)
-    assert engine.optimizers[1].dtype is products
-
-
 def test_ema_decay_halves_over_its_halflife():
     # 100 of 500 images: a fifth of the half-life, so five such steps leave one half.
     assert ema_decay(100, 10**9, 500, 0.1) ** 5 == pytest.approx(0.5)
