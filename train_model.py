@@ -52,6 +52,7 @@ from training_run import Run
 
 FIXED = ("model.", "diffusion.", "data.", "train.seed", "train.batch_size",
          "train.optimizer")  # for a whole run
+MOST_TIMES = 4  # the epochs of overfitting one image, beyond which they are for the user to ask for
 TIME_LIMIT_STATUS = 75  # "try again later" of sysexits.h, for schedulers that requeue
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # make, launchers and schedulers hand on a signal that the process may have got by itself already.
@@ -92,7 +93,7 @@ def resolve_config(mode: str, overrides: dict, saved: Config | None) -> Config:
         config = settings.apply_overrides(preset, overrides)
         if mode == "overfit":
             # Images of one class can be told apart by the noise alone, which takes longer to learn.
-            epochs = preset.train.epochs * config.data.samples_per_class
+            epochs = preset.train.epochs * min(config.data.samples_per_class, MOST_TIMES)
             config = settings.apply_overrides(config, {"train.epochs": epochs, **overrides})
         return config
     if str(overrides.get("train.batch_size")) in ("auto", str(AUTO_BATCH)):

@@ -67,6 +67,7 @@ def test_quick_test_then_generate(call):
 @pytest.mark.parametrize("mode, given, epochs", [
     ("overfit", {}, 15), ("overfit", {"data.samples_per_class": "3"}, 45),
     ("overfit", {"data.samples_per_class": 3, "train.epochs": "2"}, 2),
+    ("overfit", {"data.samples_per_class": 50}, 60),
     ("quick-test", {"data.samples_per_class": 3}, 2), ("full", {"data.samples_per_class": 3}, 100),
 ])
 def test_overfit_takes_more_epochs_for_more_images_unless_told(mode, given, epochs):
