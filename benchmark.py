@@ -513,7 +513,7 @@ def parse_arguments():
     parser.add_argument("--sizes", action="store_true", help="also the cost by image size")
     parser.add_argument("--rounds", metavar="N", default="9", help="timed calls of each (9)")
     parser.add_argument("--minutes", metavar="N",
-                        help="leave out what has not begun by then (nothing)")
+                        help="after them no part that follows the networks begins (no limit)")
     parser.add_argument("--json", metavar="FILE", default="benchmark.json",
                         help="where the figures go (benchmark.json)")
     add_config_flags(parser, ("model", "data", "train", "sample"))

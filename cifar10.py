@@ -98,9 +98,8 @@ def find_source(data_dir: str) -> Path | None:
     """
     if data_dir:
         path = Path(os.path.expanduser(data_dir))
-        if not path.exists():
+        if not holds_something(path) and not path.exists():
             raise DataError(f"DATA_DIR {data_dir} does not exist; check the path")
-        holds_something(path)  # or says that it is closed
         return path
     candidates = (*SEARCH_PATH, REPOSITORY_DATA / "cifar-10-python.tar.gz",
                   REPOSITORY_DATA / "cifar-10-batches-py")
@@ -112,7 +111,7 @@ def holds_something(path: Path) -> bool:
     try:
         if not path.is_dir():
             return path.exists()
-    except PermissionError:  # below a folder of another user, who keeps it for himself
+    except PermissionError:  # below a folder of another user, kept from us
         return False
     try:
         with os.scandir(path) as entries:
