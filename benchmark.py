@@ -9,6 +9,7 @@ file.
 """
 
 import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -63,7 +64,7 @@ PICTURES = 2048  # in the set that data loading is timed with
 DATA_BATCH, DATA_BATCHES = 64, 10  # pictures in a batch, batches in a stretch
 WORKERS = max(2, len(os.sched_getaffinity(0)))  # of the DataLoader, as many as there are cores
 MEMORY_BATCH = 16
-KEPT_IMAGES = 4  # share what is kept but once, as weights in another precision
+KEPT_IMAGES = 4  # over which is shared out what is kept but once, as weights in another precision
 BATCH_SIZES = (64, 256, 1024)  # on CUDA, beside the default; compiling each takes its time
 IMAGE_SIZES = (32, 64, 128, 256)
 WITH_ADAMW = "ours, with AdamW"
@@ -268,11 +269,6 @@ def usual_loader(images: torch.Tensor, folder: Path) -> DataLoader:
                       drop_last=True, persistent_workers=True)
 
 
-def endless(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
-    while True:
-        yield from loader
-
-
 # ---- the parts of the benchmark ------------------------------------------------------------------
 
 
@@ -293,7 +289,8 @@ def compare_data(report: Report, config: Config) -> float:
     # One after the other, or the workers would fetch ahead while ours is timed; and in long
     # stretches, which what they have fetched ahead at the beginning cannot shorten.
     with tempfile.TemporaryDirectory() as folder:
-        batches = endless(usual_loader(enlarged, Path(folder)))
+        epochs = itertools.repeat(usual_loader(enlarged, Path(folder)))
+        batches = itertools.chain.from_iterable(epochs)
         works = {
             "ours, from 32x32": lambda: next(small),
             f"ours, from {size}x{size}": lambda: next(large),
@@ -525,11 +522,12 @@ def main() -> int:
     rounds = parse_whole("--rounds", args.rounds)
     minutes = parse_whole("--minutes", args.minutes) if args.minutes else math.inf
     path = Path(args.json)
-    if not path.parent.is_dir():
-        raise ConfigError(f"--json {path} is in no folder that exists; check the path")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--json {path} is no file in a folder that exists; check the path")
     overrides = config_overrides(args)
     device = choose_device(settings.apply_overrides(settings.full(), overrides))
-    overrides.setdefault("train.batch_size", "4" if device.type == "cpu" else "128")
+    if device.type == "cpu":
+        overrides.setdefault("train.batch_size", "4")
     config = settings.apply_overrides(settings.full(), overrides)
     if config.train.batch_size == AUTO_BATCH:
         raise ConfigError("the batch size of a benchmark must be a number, not auto")

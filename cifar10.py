@@ -1,9 +1,9 @@
 """CIFAR-10 on disk: find it, fetch it, check it and prepare it once.
 
 Prepared data are uint8 arrays under data/prepared/, one folder per source, written atomically and
-reused. Square pictures of one size below the model's image size are stored as they are and enlarged
-per batch on the device (bicubic), which takes a sixteenth of the memory for the 32-pixel originals;
-all others are cropped to their central square and resized once (Lanczos).
+reused. Square pictures of one size, at most the model's, are stored as they are and enlarged per
+batch on the device (bicubic), which takes a sixteenth of the memory for the 32-pixel originals; all
+others are cropped to their central square and resized once (Lanczos).
 """
 
 import fcntl
@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ TURNS = {
 }
 CIFAR_CLASSES = 10
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
-TEST_NAMES = ("test", "val", "valid", "validation")
+SPLIT_OF = {"train": "train"} | dict.fromkeys(("test", "val", "valid", "validation"), "test")
 REPOSITORY_DATA = Path("data")
 PREPARED = REPOSITORY_DATA / "prepared"
 SEARCH_PATH = (
@@ -120,19 +121,14 @@ def holds_something(path: Path) -> bool:
         refuse_folder(error)
 
 
-def is_cifar_archive(path: Path) -> bool:
-    """Whether path is CIFAR-10 as its authors publish it: the tar file or its unpacked folder."""
-    return path.name.endswith((".tar.gz", ".tgz")) or (path / "data_batch_1").exists()
-
-
 def published_archive(path: Path) -> Path | None:
-    """The authors' archive at path or directly inside it, or None.
+    """CIFAR-10 as its authors publish it, packed or not, at path or directly inside it, or None.
 
     Raises DataError where the classes are not meant to be as many as it holds.
     """
-    inside = (path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py")
-    archive = next((place for place in (path, *inside)
-                    if place.exists() and is_cifar_archive(place)), None)
+    places = (path, path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py")
+    archive = next((place for place in places if (place / "data_batch_1").exists()
+                    or place.exists() and place.name.endswith((".tar.gz", ".tgz"))), None)
     if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
         raise DataError(
             f"{archive} holds the {CIFAR_CLASSES} classes of CIFAR-10, but CLASS_NAMES in "
@@ -223,14 +219,13 @@ def list_zip(container: Path) -> Iterator[Picture]:
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise DataError(f"{container} is not a readable zip file ({error}); pictures come in "
                         "folders, zips or cifar-10-python.tar.gz") from error
+    changed = container.stat().st_mtime
     for info in archive.infolist():
         member = info.filename.replace("\\", "/")  # as Windows may have written it
         place = locate(Path(container.stem, member))  # train.zip may hold a training set
         if place is not None:
-            name = f"{container}:{member}"
-            changed = container.stat().st_mtime
-            read = lambda info=info: archive.read(info)  # noqa: E731
-            yield Picture(*place, name, info.file_size, changed, read)
+            yield Picture(*place, f"{container}:{member}", info.file_size, changed,
+                          partial(archive.read, info))
 
 
 def locate(path: Path) -> tuple[str, int] | None:
@@ -248,8 +243,7 @@ def locate(path: Path) -> tuple[str, int] | None:
     if not named or "evaluation" in folders[named[-1] + 1 :]:
         return None
     label = LABELS[folders.pop(named[-1])]  # a class may have the name of a split
-    splits = ["test" if folder in TEST_NAMES else folder
-              for folder in folders if folder in (*SPLITS, *TEST_NAMES)]
+    splits = [SPLIT_OF[folder] for folder in folders if folder in SPLIT_OF]
     return splits[-1] if splits else "", label
 
 
@@ -262,9 +256,8 @@ def assign_splits(pictures: list[Picture], source: Path) -> dict[str, list[Pictu
             f"{source} holds no pictures in folders named by class ({CLASS_NAMES[0]}, ... or "
             f"class0 ... class{len(CLASS_NAMES) - 1}); accepted: {', '.join(IMAGE_SUFFIXES)}, zips"
         )
-    missing = [
-        name for label, name in enumerate(CLASS_NAMES) if all(p.label != label for p in train)
-    ]
+    present = {picture.label for picture in train}
+    missing = [name for label, name in enumerate(CLASS_NAMES) if label not in present]
     if missing:
         raise DataError(
             f"{source} has no training pictures of {', '.join(missing)}; each class needs a folder "
@@ -287,15 +280,15 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
     """The folder of checked uint8 arrays for `data`, made now unless it is there already."""
     source = find_source(data.data_dir)
     if source is None:
-        with only_one(PREPARED / ".lock", say):  # another may have fetched it meanwhile
+        with only_one(say):  # another may have fetched it meanwhile
             source = find_source("") or download(REPOSITORY_DATA)
-    archive, pictures, folder = contents(source, data)
+    archive, pictures, folder = examine(source, data)
     if (folder / "info.json").exists():
         say(f"data: {source}, prepared in {folder}")
         return folder
     say(f"data: preparing {source} into {folder} (once)")
     unfinished = folder.with_name(".unfinished")
-    with only_one(PREPARED / ".lock", say):
+    with only_one(say):
         if (folder / "info.json").exists():
             return folder
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
@@ -315,19 +308,19 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
     return folder
 
 
-def contents(source: Path, data: DataConfig) -> tuple[Path | None, list[Picture], Path]:
+def examine(source: Path, data: DataConfig) -> tuple[Path | None, list[Picture], Path]:
     """The authors' archive or else the pictures in source, and the folder that has them prepared.
     """
     archive = published_archive(source)
     pictures = [] if archive else list_pictures(source)
-    return archive, pictures, PREPARED / fingerprint(archive or source, pictures, data)
+    return archive, pictures, PREPARED / prepared_name(archive or source, pictures, data)
 
 
 @contextmanager
-def only_one(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, this is the only process of the repository that holds the lock file at path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as lock:
+def only_one(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, this is the only process of the repository that fetches or prepares pictures."""
+    PREPARED.mkdir(parents=True, exist_ok=True)
+    with open(PREPARED / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -336,7 +329,7 @@ def only_one(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def fingerprint(source: Path, pictures: list[Picture], data: DataConfig) -> str:
+def prepared_name(source: Path, pictures: list[Picture], data: DataConfig) -> str:
     """Changes when the source, any of its files or a setting that shapes the arrays changes."""
     digest = hashlib.sha256()
     stat = source.stat()
@@ -431,16 +424,16 @@ def write_pictures(
     return len(failures)
 
 
-def content(picture: Picture) -> io.BytesIO:
+def opened(picture: Picture) -> Image.Image:
     if picture.size > LARGEST_FILE:
         raise OSError(f"{picture.size / 2**20:.0f} MiB, more than any picture needs")
-    return io.BytesIO(picture.read())
+    return Image.open(io.BytesIO(picture.read()))
 
 
 def measure(picture: Picture) -> tuple[int, int] | None:
     """(width, height) from the header, before any turning, or None if it cannot be read."""
     try:
-        with Image.open(content(picture)) as image:
+        with opened(picture) as image:
             return image.size
     except UNREADABLE:
         return None
@@ -449,7 +442,7 @@ def measure(picture: Picture) -> tuple[int, int] | None:
 def decode(picture: Picture, side: int) -> np.ndarray | str:
     """Pixels uint8 (3, side, side), or a sentence saying why the picture cannot be read."""
     try:
-        with Image.open(content(picture)) as image:
+        with opened(picture) as image:
             rgb = to_rgb(turned(image))
     except UnidentifiedImageError:
         return f"{picture.name} (not a picture)"

@@ -187,6 +187,11 @@ def look_at(
     return torch.cat(features), torch.cat(classes)
 
 
+def digest(*parts) -> str:
+    """16 hexadecimal digits that change with any of the parts, which JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
 def cached(path: Path, make: Callable[[], dict]) -> dict:
     """What make returns, of tensors and numbers: from the file at path, which is written first."""
     if path.exists():
@@ -211,8 +216,7 @@ def cached_classifier(
     this image_size lies beside it.
     """
     train, test = splits["train"], splits["test"]
-    wanted = json.dumps([VERSION, asdict(recipe), train.fingerprint(), test.fingerprint()])
-    name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
+    name = digest(VERSION, asdict(recipe), train.fingerprint, test.fingerprint)
 
     def trained() -> dict:
         for features in folder.glob(f"{name}_*.pt"):  # of other weights

@@ -83,12 +83,10 @@ class Section:
             if valid := bounds["one_of"]:
                 require(value in valid, f"{name} {value!r} is unknown; {nearest(value, valid)}")
             for one in value if isinstance(value, tuple) else (value,):
-                limit = LARGEST.get(type(one)) if bounds["most"] is None else None
-                require(limit is None or one <= limit, f"{name} must be at most {limit}, not {one}")
-                for key, word, keeps in (("least", "at least", operator.ge),
-                                         ("above", "above", operator.gt),
-                                         ("most", "at most", operator.le)):
-                    bound = bounds[key]
+                most = LARGEST.get(type(one)) if bounds["most"] is None else bounds["most"]
+                for bound, word, keeps in ((most, "at most", operator.le),
+                                           (bounds["least"], "at least", operator.ge),
+                                           (bounds["above"], "above", operator.gt)):
                     good = bound is None or keeps(one, bound)
                     require(good, f"{name} must be {word} {bound}, not {one}")
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a hash of the content, wherever it came from."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
@@ -46,7 +47,7 @@ class Split:
 
 def fingerprint(splits: dict[str, Split]) -> str:
     """Changes with any of the pictures and labels, wherever they came from."""
-    return " ".join(split.fingerprint() for split in splits.values())
+    return " ".join(split.fingerprint for split in splits.values())
 
 
 def load_splits(
@@ -117,9 +118,9 @@ def to_x_start(images: Tensor, image_size: int) -> Tensor:
     x_start = images.float().mul_(1 / 127.5).sub_(1)  # dividing takes longer
     if images.shape[-1] == image_size:
         return x_start
-    enlarge = bicubic_matrix(images.shape[-1], image_size, images.device)
+    enlarging = bicubic_matrix(images.shape[-1], image_size, images.device)
     with torch.autocast(images.device.type, enabled=False):
-        x_start = enlarge @ (x_start @ enlarge.T)
+        x_start = enlarging @ (x_start @ enlarging.T)
     return x_start.clamp_(-1, 1)  # bicubic enlargement overshoots at edges
 
 

@@ -100,7 +100,7 @@ def check_writing() -> Finding:
 
 
 def check_data(config: Config) -> Finding:
-    from cifar10 import DataError, assign_splits, contents, find_source
+    from cifar10 import DataError, assign_splits, examine, find_source
 
     if config.data.dataset == "pictograms":
         return Finding(True, "the built-in pictograms")
@@ -109,7 +109,7 @@ def check_data(config: Config) -> Finding:
         if source is None:
             return Finding(True, "no pictures found", "`make data` tries to download CIFAR-10 "
                            "(170 MB) now, as `make train` will; DATA_DIR= uses your own")
-        archive, pictures, folder = contents(source, config.data)
+        archive, pictures, folder = examine(source, config.data)
         if not archive:
             assign_splits(pictures, source)
     except (DataError, OSError) as error:

@@ -27,7 +27,7 @@ from config import CLASS_NAMES, Config, ConfigError
 from data import PICTOGRAMS_PER_CLASS, load_splits, to_images
 from drawing import Drawing, usable_folder
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
-from inception_scores import InceptionUnavailable, TooFewPictures, inception_scores
+from inception_scores import InceptionUnavailable, inception_scores
 from training_monitor import append_record, labelled_grid, progress, save_image, say
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory)
@@ -118,8 +118,8 @@ def draw(drawing: Drawing, per_class: int, seed: int, processes: Processes) -> P
         for pictures in drawing.draw_parts(labels[own], (own + seed).tolist()):
             parts.append(to_images(pictures).cpu())
             bar.update(len(pictures))
-    gathered = [part.numpy() for process in processes.gather(parts) for part in process]
-    return Pictures(torch.from_numpy(np.concatenate(gathered)), labels) if gathered else None
+    gathered = [part for process in processes.gather(parts) for part in process]
+    return Pictures(torch.cat(gathered), labels) if gathered else None
 
 
 def report_lines(record: dict) -> list[str]:
@@ -171,12 +171,12 @@ def at_n_floor(scores: dict, key: str) -> str:
     return f"of {scores['n_floor']} pictures {scores[f'{key}_at_n_floor']:.4g}, "
 
 
-class Report:
+class Scorer:
     """Scores sets of pictures against one reference and writes down what it finds."""
 
     def __init__(self, args, config: Config, image_size: int, output: Path):
         self.args, self.output, self.device = args, output, choose_device(config)
-        every = 0  # picture there is; of pictograms as many as the run learned, or the usual number
+        every = 0  # all there are; of pictograms as many as the run learned, or the usual number
         if config.data.dataset == "pictograms":
             every = max(config.data.samples_per_class, PICTOGRAMS_PER_CLASS)
         reference = replace(config.data, image_size=image_size, samples_per_class=every, repeats=1)
@@ -190,23 +190,20 @@ class Report:
 
     def inception(self, pictures: Pictures) -> dict:
         """The scores from Inception features, or why there are none."""
-        if self.no_inception:
-            return {"missing": self.no_inception}
-        try:
-            return inception_scores(
-                pictures.images, self.splits["train"], self.splits["test"], cache=INCEPTION_CACHE,
-                weights=self.args.inception_weights, device=self.device,
-            )
-        except TooFewPictures as error:
-            return {"missing": str(error)}
-        except InceptionUnavailable as error:
-            self.no_inception = str(error)  # and the other pictures of a sweep need not try again
-            return {"missing": self.no_inception}
+        if not self.no_inception:
+            try:
+                return inception_scores(
+                    pictures.images, self.splits["train"], self.splits["test"],
+                    cache=INCEPTION_CACHE, weights=self.args.inception_weights, device=self.device,
+                )
+            except InceptionUnavailable as error:
+                self.no_inception = str(error)  # the other pictures of a sweep need not try again
+        return {"missing": self.no_inception}
 
     def add(self, pictures: Pictures, facts: dict, suffix: str = "") -> None:
         """Score pictures; facts say how they came about, suffix tells their drawings apart."""
         scores = self.evaluator.scores(pictures)
-        record = {**facts, "reference": self.evaluator.facts(), **scores.report}
+        record = {**facts, "reference": self.evaluator.facts, **scores.report}
         record["inception"] = self.inception(pictures)
         self.records.append(record)
         append_record(self.output / "scores.jsonl", record)
@@ -219,10 +216,10 @@ class Report:
 
 def score_folder(args, overrides: dict) -> Path:
     folder = Path(os.path.expanduser(args.pictures))
-    drawing = {"CHECKPOINT": args.checkpoint, "--samples": args.samples, "--sweep": args.sweep,
-               "--raw": args.raw, **{f"--{name}": value for name, value in overrides.items()
-                                     if name.startswith("sample.")}}
-    if given := [name for name, value in drawing.items() if value]:
+    of_drawing = {"CHECKPOINT": args.checkpoint, "--samples": args.samples, "--sweep": args.sweep,
+                  "--raw": args.raw, **{f"--{name}": value for name, value in overrides.items()
+                                        if name.startswith("sample.")}}
+    if given := [name for name, value in of_drawing.items() if value]:
         raise ConfigError(f"{', '.join(given)} would draw pictures, for which there is no need "
                           "with --pictures; leave it out")
     if cli.join_processes().several:
@@ -230,9 +227,9 @@ def score_folder(args, overrides: dict) -> Path:
     pictures = read_folder(folder)
     output = usable_folder(args.output or folder / "evaluation")
     config = settings.apply_overrides(settings.full(), overrides)
-    report = Report(args, config, pictures.images.shape[-1], output)
+    scorer = Scorer(args, config, pictures.images.shape[-1], output)
     say(f"scoring {len(pictures.images)} pictures in {folder}")
-    report.add(pictures, {"pictures": str(folder)})
+    scorer.add(pictures, {"pictures": str(folder)})
     return output
 
 
@@ -251,19 +248,19 @@ def score_checkpoint(args, overrides: dict) -> Path:
     seed = cli.parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
     output = usable_folder(args.output or drawing.path.parent / "evaluation")
-    report = Report(args, config, drawing.size, output) if processes.leads else None
+    scorer = Scorer(args, config, drawing.size, output) if processes.leads else None
     for config in configs or [config]:
         drawing.configure(config)
         say(f"scoring {per_class} pictures per class from {drawing}")
         pictures = draw(drawing, per_class, seed, processes)
-        if report is None:
+        if scorer is None:
             continue
         suffix = f"_guidance_{config.sample.guidance_scale:g}"
         first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
         save_image(labelled_grid(first, CLASS_NAMES), output / f"samples{suffix}.png")
-        report.add(pictures, {**drawing.facts(), "seed": seed}, suffix)
-    if report is not None and len(report.records) > 1:
-        draw_sweep(report.records, output / "guidance_sweep.png")
+        scorer.add(pictures, {**drawing.facts(), "seed": seed}, suffix)
+    if scorer is not None and len(scorer.records) > 1:
+        draw_sweep(scorer.records, output / "guidance_sweep.png")
     return output
 
 

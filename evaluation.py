@@ -9,7 +9,7 @@ from torch import Tensor
 
 from classifier import INPUT_SIZE, cached_classifier, look_at, to_input
 from config import CLASS_NAMES
-from data import Split, enlarge, spread, to_arrays, to_x_start
+from data import Split, enlarge, spread
 from scores import (
     NEIGHBOURS,
     Neighbours,
@@ -73,14 +73,12 @@ class Evaluator:
         self.train, self.held_out = splits["train"], splits["test"]
         self.image_size, self.device = image_size, device
         self.judge = cached_classifier(splits, image_size, device)
-
-    def facts(self) -> dict:
-        return {
-            "data": self.train.fingerprint(), "train": len(self.train),
-            "held_out": len(self.held_out), "image_size": self.image_size,
+        self.facts = {
+            "data": self.train.fingerprint, "train": len(self.train),
+            "held_out": len(self.held_out), "image_size": image_size,
             "classifier_accuracy": self.judge.accuracy,
             "classifier_input": f"{INPUT_SIZE}x{INPUT_SIZE}, bicubic, antialiased, from "
-            f"{self.image_size}x{self.image_size}",
+            f"{image_size}x{image_size}",
         }
 
     def scores(self, pictures: Pictures) -> Scores:
@@ -127,10 +125,11 @@ class Evaluator:
         for neighbours in (scores.by_features, scores.by_pixels):
             order = neighbours.distances[:, 0].argsort()[:PAIRS]
             originals = self.train.images[neighbours.index[order, 0]]
-            images += [to_x_start(pictures.images[order], size), to_x_start(originals, size)]
+            images += [pictures.images[order], enlarge(originals, size)]
         names = [f"pair {i + 1}" for i in range(len(order))]
         title = "sample above nearest training image: by features, then by pixels"
-        save_image(labelled_grid(to_arrays(torch.cat(images)), names, title), path)
+        pairs = torch.cat(images).permute(0, 2, 3, 1).numpy()
+        save_image(labelled_grid(pairs, names, title), path)
 
 
 def draw_confusion(confusion: Tensor, path: Path) -> None:
@@ -161,21 +160,20 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels = {
-        "agreement": ("class agreement", lambda r: r["reference"]["classifier_accuracy"]),
-        "frechet_distance": ("Frechet distance", lambda r: r["frechet_distance_floor"]),
+    scores, first = [{**record["inception"], **record} for record in records], records[0]
+    panels = {  # title and floor
+        "agreement": ("class agreement", first["reference"]["classifier_accuracy"]),
+        "frechet_distance": ("Frechet distance", first.get("frechet_distance_floor")),
+        "fid": ("FID", first["inception"].get("floor", {}).get("fid")),
     }
-    panels = {key: panel for key, panel in panels.items() if all(key in r for r in records)}
-    if all("fid" in record["inception"] for record in records):
-        panels["fid"] = ("FID", lambda r: r["inception"]["floor"]["fid"])
+    panels = {key: panel for key, panel in panels.items() if all(key in score for score in scores)}
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scales = [record["guidance_scale"] for record in records]
     for axes, (key, (title, floor)) in zip(all_axes, panels.items()):
-        scores = [{**record["inception"], **record} for record in records]
         values = [score.get(f"{key}_at_n_floor", score[key]) for score in scores]
         axes.plot(scales, values, marker=".", label="samples")
-        axes.axhline(floor(records[0]), color="gray", linestyle="--", label="held-out pictures")
+        axes.axhline(floor, color="gray", linestyle="--", label="held-out pictures")
         axes.set(title=title, xlabel="guidance scale")
         if key != "agreement":
             axes.set_yscale("log")

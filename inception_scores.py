@@ -1,4 +1,4 @@
-"""FID, KID, Inception Score, precision and recall of pictures, by torch-fidelity.
+"""FID, KID, Inception Score, precision and recall of pictures, by torch-fidelity's Inception.
 
 The scores compare features of an Inception network. They depend on the number of pictures, so the
 same scores of real held-out images, the floor, stand beside them. Features of the reference images
@@ -6,10 +6,7 @@ and scores of the floor are kept in a cache folder, under names made from everyt
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -19,36 +16,31 @@ import torch
 from torch import Tensor
 
 from cifar10 import noticing_silence
+from classifier import cached, digest
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
 from data import Split, enlarge
-from training_monitor import progress, replacing, write_json
+from scores import frechet_distance
+from training_monitor import progress
 
 EXTRACTOR = "inception-v3-compat"  # torch-fidelity's port of the network that defines FID
 FEATURES, LOGITS = "2048", "logits_unbiased"  # its layers; the second is for Inception Score
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-CACHE_VERSION = 1  # raise it when what is cached, or a number below, changes
+CACHE_VERSION = 2  # raise it when what is cached, or a number below, changes
 SEED = 2020  # of KID's subsets, the order before the splits, and the choice of n_floor images
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 IS_SPLITS = 10  # of Inception Score
 PRC_NEIGHBOURS = 3  # whose farthest is the radius of precision and recall
 DISTANCE_ROWS = 1000  # computed at once: 200 MB for 50,000 reference images
 
-Reference = dict[str, np.ndarray]  # features float32 (N, D), their mean mu (D,) and sigma (D, D)
-Extract = Callable[[Tensor, str], tuple[Tensor, Tensor]]  # (uint8 images, what) -> features, logits
-
 
 class InceptionUnavailable(Exception):
-    """torch-fidelity or its weights are missing; the message says how to get them."""
-
-
-class TooFewPictures(Exception):
-    """There is no variance to estimate from fewer than two pictures."""
+    """Pictures, torch-fidelity or its weights are missing; the message says how to get them."""
 
 
 def inception_scores(
     pictures: Tensor, reference: Split, held_out: Split, *, cache: Path,
-    weights: str | Path | None = None, device="cpu", batch_size: int = 64,
+    weights: str | Path | None, device, batch_size: int = 64,
 ) -> dict:
     """Scores of pictures uint8 (N, 3, S, S), JSON-able, beside those of n_floor held-out images.
 
@@ -57,13 +49,11 @@ def inception_scores(
     counts differ, "fid_at_n_floor" is the FID to hold against the floor's: it takes as many
     pictures, and FID falls with their number. Fewer than 1000 pictures shrink KID's subsets, fewer
     than 10 the splits, fewer than 4 the neighbourhood; what was used is returned.
-    Raises InceptionUnavailable, and TooFewPictures below two pictures or images.
+    Raises InceptionUnavailable, also for fewer than two pictures, which have no variance.
     """
-    if pictures.dtype != torch.uint8:
-        raise ValueError(f"pictures must be uint8, not {pictures.dtype}")
     n_floor = min(len(pictures), len(held_out))
     if min(n_floor, len(reference)) < 2:
-        raise TooFewPictures(
+        raise InceptionUnavailable(
             f"scores need at least 2 pictures, reference and held-out images, not {len(pictures)}, "
             f"{len(reference)} and {len(held_out)}; draw more pictures or use more data"
         )
@@ -77,18 +67,26 @@ def inception_scores(
         "weights_sha256": weights_sha256, "published_weights": weights_sha256 == PUBLISHED_SHA256,
         "resize": f"bilinear as in TensorFlow 1, {image_size} to {network.INPUT_IMAGE_SIZE} pixels",
     }
-    key = digest(CACHE_VERSION, FEATURES, facts, reference.fingerprint())
-    floor_key = digest(key, held_out.fingerprint())
-    cache.mkdir(parents=True, exist_ok=True)
-    known = cached_reference(cache / f"reference-{key}.npz", reference, extract)
-    floor = cached_floor(cache / f"floor-{floor_key}-{n_floor}.json", held_out, n_floor, known,
-                         extract, device)
+
+    def look_at_reference() -> dict:
+        return {"features": extract(reference.images, "features of the reference")[0]}
+
+    def score_held_out() -> dict:
+        chosen = held_out.images[choose(len(held_out), n_floor)]
+        seen = extract(chosen, "features of held-out images")
+        return compare(*seen, reference_features, device)
+
+    key = digest(CACHE_VERSION, FEATURES, facts, reference.fingerprint)
+    floor_key = digest(key, held_out.fingerprint)
+    reference_features = cached(cache / f"reference-{key}.pt", look_at_reference)["features"]
+    floor = cached(cache / f"floor-{floor_key}-{n_floor}.pt", score_held_out)
 
     features, logits = extract(pictures, "features of the pictures")
-    scores = compare(features, logits, known, device)
+    scores = compare(features, logits, reference_features, device)
     fid_at_n_floor = scores["fid"]
     if n_floor < len(pictures):
-        fid_at_n_floor = fid(features[choose(len(pictures), n_floor)], known)
+        as_many = features[choose(len(pictures), n_floor)]
+        fid_at_n_floor = frechet_distance(as_many, reference_features)
     return {
         **scores, "fid_at_n_floor": fid_at_n_floor, "n_floor": n_floor, "floor": floor,
         "n_reference": len(reference), "image_size": image_size, "seed": SEED, **facts,
@@ -162,57 +160,18 @@ def extract_features(
     return features, logits
 
 
-def digest(*parts) -> str:
-    """16 hexadecimal digits that change with any of the parts, which JSON can hold."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def cached_reference(path: Path, reference: Split, extract: Extract) -> Reference:
-    with suppress(*DAMAGED), np.load(path) as stored:
-        return dict(stored)
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    features, _ = extract(reference.images, "features of the reference")
-    known = {"features": features.numpy(), **fid_features_to_statistics(features)}
-    with replacing(path) as unfinished, open(unfinished, "wb") as file:
-        np.savez(file, **known)
-    return known
-
-
-def cached_floor(
-    path: Path, held_out: Split, n_floor: int, known: Reference, extract: Extract, device
-) -> dict:
-    """The scores of n_floor held-out images."""
-    with suppress(*DAMAGED):
-        return json.loads(path.read_text())
-    chosen = held_out.images[choose(len(held_out), n_floor)]
-    floor = compare(*extract(chosen, "features of held-out images"), known, device)
-    write_json(path, floor)
-    return floor
-
-
 def choose(count: int, n: int) -> Tensor:
     """n of count indices at random, since pictures may lie sorted by class."""
     return torch.from_numpy(np.random.default_rng(SEED).permutation(count)[:n])
 
 
-def fid(features: Tensor, known: Reference) -> float:
-    """Frechet distance between the Gaussians of two feature sets (Heusel et al. 2017, eq. 6)."""
-    from torch_fidelity import metric_fid
-
-    statistics = metric_fid.fid_features_to_statistics(features)
-    metric = metric_fid.fid_statistics_to_metric(statistics, known, verbose=False)
-    return metric[metric_fid.KEY_METRIC_FID]
-
-
-def compare(features: Tensor, logits: Tensor, known: Reference, device) -> dict:
+def compare(features: Tensor, logits: Tensor, reference: Tensor, device) -> dict:
     """Every score of pictures with these features and logits, and the choices behind them."""
     import torch_fidelity as names
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    reference = torch.from_numpy(known["features"])
     fewest = min(len(features), len(reference))
     subset_size, splits = min(KID_SUBSET_SIZE, fewest), min(IS_SPLITS, len(features))
     neighbours = min(PRC_NEIGHBOURS, fewest - 1)
@@ -228,7 +187,7 @@ def compare(features: Tensor, logits: Tensor, known: Reference, device) -> dict:
     )
     return {
         "n": len(features),
-        "fid": fid(features, known),
+        "fid": frechet_distance(features, reference),
         "kid_mean": kid[names.KEY_METRIC_KID_MEAN],
         "kid_std": kid[names.KEY_METRIC_KID_STD],
         "kid_subsets": KID_SUBSETS,

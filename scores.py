@@ -8,14 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PEAK = 2.0  # of images in [-1, 1]
 CHUNK = 256  # rows of a distance matrix held at a time
 NEIGHBOURS, COPY_RATIO = 50, 0.5  # n and alpha of Carlini et al. 2023, sec. 5.1
-
-
-def psnr(mean_squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, 10 log10(peak^2 / mse), for images in [-1, 1]."""
-    return 10 * torch.log10(PEAK**2 / mean_squared_error)
 
 
 @dataclass(frozen=True)
@@ -44,11 +38,12 @@ def nearest(rows: Tensor, references: Tensor, k: int) -> Neighbours:
 def nearest_images(pictures: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     """For each picture (N, C, H, W) its nearest reference (M, C, H, W) by mean squared error.
 
-    Returns (index int64 (N,), PSNR in dB float32 (N,)), both on the CPU.
+    Returns (index int64 (N,), peak signal-to-noise ratio in dB float32 (N,)), both on the CPU. The
+    ratio is 10 log10(peak^2 / error), the peak of images in [-1, 1] being 2.
     """
     found = nearest(pictures.flatten(1), references.flatten(1), 1)
     squares = found.distances[:, 0].square() / pictures[0].numel()
-    return found.index[:, 0], psnr(squares)
+    return found.index[:, 0], 10 * torch.log10(4 / squares)
 
 
 def near_copies(neighbours: Neighbours) -> Tensor:
@@ -88,12 +83,9 @@ def confusion_matrix(wanted: Tensor, found: Tensor, num_classes: int) -> Tensor:
 
 def colour_statistics(images: Tensor) -> dict[str, list[float]]:
     """Mean and standard deviation of red, green and blue over images uint8 (N, 3, H, W)."""
-    totals, squares, count = torch.zeros(3, dtype=torch.float64), torch.zeros(3).double(), 0
-    for chunk in images.split(CHUNK):
-        values = chunk.double().transpose(0, 1).flatten(1)  # (3, n H W)
-        totals += values.sum(1).cpu()
-        squares += values.square().sum(1).cpu()
-        count += values.shape[1]
-    mean = totals / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    counts = [colour.flatten().bincount(minlength=256) for colour in images.unbind(1)]
+    share, levels = torch.stack(counts).double(), torch.arange(256).double()
+    share /= share.sum(1, keepdim=True)  # (3, 256)
+    mean = share @ levels
+    std = (share @ levels.square() - mean.square()).clamp(min=0).sqrt()
     return {"mean": mean.tolist(), "std": std.tolist()}

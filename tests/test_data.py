@@ -808,7 +808,7 @@ def test_without_horizontal_flip_no_picture_is_mirrored():
 
 def test_labels_are_part_of_the_fingerprint():
     pixels, labels = torch.zeros(4, 3, 2, 2).byte(), torch.arange(4)
-    assert Split(pixels, labels).fingerprint() != Split(pixels, labels.flip(0)).fingerprint()
+    assert Split(pixels, labels).fingerprint != Split(pixels, labels.flip(0)).fingerprint
 
 
 def test_held_out_pictograms_are_no_other_seeds_training_pictures():
