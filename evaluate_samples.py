@@ -134,7 +134,7 @@ def report_lines(record: dict) -> list[str]:
         worst = sorted(record["agreement_by_class"].items(), key=lambda item: item[1])[:3]
         lines.append(f"class agreement    {percent('agreement')}, lowest " + ", ".join(
             f"{name} {100 * share:.0f} %" for name, share in worst))
-    if "frechet_distance" in record:
+    if "frechet_distance_floor" in record:
         ours, real = record["frechet_distance"], record["frechet_distance_floor"]
         as_many = at_n_floor(record, "frechet_distance")
         lines.append(f"Frechet distance   {ours:.4g} in the classifier's features ({as_many}"

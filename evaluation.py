@@ -80,14 +80,34 @@ class Evaluator:
             "classifier_input": f"{INPUT_SIZE}x{INPUT_SIZE}, bicubic, antialiased, from "
             f"{image_size}x{image_size}",
         }
+        self._floors: dict[int, dict] = {}  # by the number of pictures
+        some = spread(min(COLOUR_IMAGES, len(self.train)), self.train.labels)
+        self._colour_data = colour_statistics(enlarge(self.train.images[some], image_size))
+
+    def _against_training(
+        self, images: Tensor, features: Tensor
+    ) -> tuple[dict, Neighbours, Neighbours]:
+        """Distance and near copies of N pictures, with their neighbours by features and pixels."""
+        by_features = nearest(features.to(self.device), self.judge.train, NEIGHBOURS)
+        by_pixels = pixel_neighbours(images, self.train.images, self.device)
+        report = {"near_copies_features": near_copies(by_features).float().mean().item(),
+                  "near_copies_pixels": near_copies(by_pixels).float().mean().item()}
+        if len(images) > 1:
+            report["frechet_distance"] = frechet_distance(features, self.judge.train)
+        return report, by_features, by_pixels
+
+    def floor(self, n: int) -> dict:
+        """What n held-out pictures score; kept for the other pictures of a sweep."""
+        if n not in self._floors:
+            index = spread(n, self.held_out.labels)
+            images = enlarge(self.held_out.images[index], self.image_size)
+            self._floors[n], *_ = self._against_training(images, self.judge.held_out[index])
+        return self._floors[n]
 
     def scores(self, pictures: Pictures) -> Scores:
         """Class agreement, Frechet distance, near copies and colours of N pictures."""
         images, labels = pictures.images, pictures.labels
         n = min(len(images), len(self.held_out))
-        index = spread(n, self.held_out.labels)
-        real_images = enlarge(self.held_out.images[index], self.image_size)
-        real_features = self.judge.held_out[index]
         features, found = look_at(self.judge.model, images)
         report: dict = {"n": len(images), "n_floor": n}
         confusion = None
@@ -99,24 +119,13 @@ class Evaluator:
             report["agreement_by_class"] = {
                 name: share[i].item() for i, name in enumerate(CLASS_NAMES) if drawn[i]
             }
+        ours, by_features, by_pixels = self._against_training(images, features)
+        report |= ours | {f"{name}_floor": value for name, value in self.floor(n).items()}
         if n > 1:
-            # Distances fall with their number.
+            # Distances fall with the number of pictures.
             as_many = features[spread(n, torch.zeros(len(images)) if labels is None else labels)]
-            for name, seen in (("", features), ("_at_n_floor", as_many), ("_floor", real_features)):
-                distance = frechet_distance(seen, self.judge.train)
-                report[f"frechet_distance{name}"] = distance
-        by_features = nearest(features.to(self.device), self.judge.train, NEIGHBOURS)
-        by_pixels = pixel_neighbours(images, self.train.images, self.device)
-        real_by_features = nearest(real_features.to(self.device), self.judge.train, NEIGHBOURS)
-        real_by_pixels = pixel_neighbours(real_images, self.train.images, self.device)
-        for name, ours, real in (("features", by_features, real_by_features),
-                                 ("pixels", by_pixels, real_by_pixels)):
-            report[f"near_copies_{name}"] = near_copies(ours).float().mean().item()
-            report[f"near_copies_{name}_floor"] = near_copies(real).float().mean().item()
-        report["colour"] = colour_statistics(images)
-        some = spread(min(COLOUR_IMAGES, len(self.train)), self.train.labels)
-        seen = enlarge(self.train.images[some], self.image_size)
-        report["colour_data"] = colour_statistics(seen)
+            report["frechet_distance_at_n_floor"] = frechet_distance(as_many, self.judge.train)
+        report |= {"colour": colour_statistics(images), "colour_data": self._colour_data}
         return Scores(report, confusion, by_features, by_pixels)
 
     def draw_pairs(self, pictures: Pictures, scores: Scores, path: Path) -> None:
@@ -166,7 +175,8 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
         "frechet_distance": ("Frechet distance", first.get("frechet_distance_floor")),
         "fid": ("FID", first["inception"].get("floor", {}).get("fid")),
     }
-    panels = {key: panel for key, panel in panels.items() if all(key in score for score in scores)}
+    panels = {key: (title, floor) for key, (title, floor) in panels.items()
+              if floor is not None and all(key in score for score in scores)}
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scales = [record["guidance_scale"] for record in records]
