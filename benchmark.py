@@ -513,7 +513,7 @@ def parse_arguments():
                         help="after them no part that follows the networks begins (no limit)")
     parser.add_argument("--json", metavar="FILE", default="benchmark.json",
                         help="where the figures go (benchmark.json)")
-    add_config_flags(parser, ("model", "data", "train", "sample"))
+    add_config_flags(parser)
     return parser.parse_args()
 
 

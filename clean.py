@@ -23,7 +23,7 @@ from training_monitor import RUN_DIRECTORIES, RunInUse, read_json, refuse_second
 RUNS = ("checkpoints*", "generated_images")
 OURS = re.compile(r"checkpoints(_overfit|_demo)?(_\d+)?")  # as runs and those moved aside are named
 CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pytest_cache",
-          "**/__pycache__")
+          "__pycache__", "*/__pycache__")
 SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py",
            "doctor.py")
 GRACE_SECONDS = 10  # between asking a process to end and ending it
@@ -36,12 +36,11 @@ def size_mib(path: Path) -> float:
 
 
 def existing(patterns: tuple[str, ...]) -> list[Path]:
-    """What matches, without folders that the user named and what lies inside another match."""
-    found = sorted({
+    """What matches, without folders that the user named."""
+    return sorted({
         path for pattern in patterns for path in Path().glob(pattern)
         if not pattern.startswith("checkpoints") or OURS.fullmatch(path.name)
     })
-    return [path for path in found if not any(parent in found for parent in path.parents)]
 
 
 def confirmed(question: str) -> bool:

@@ -5,7 +5,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 
 import config as settings
@@ -62,21 +63,18 @@ def nearest_flag(word: str, flags: list[str]) -> str:
 
 def add_config_flags(
     parser: argparse.ArgumentParser,
-    sections: tuple[str, ...],
+    names: Iterable[str] = settings.OPTIONS,
     short_flags: dict[str, str] = TRAINING_FLAGS,
     defaults: str = "",
-    only: tuple[str, ...] = (),
 ) -> None:
-    """One flag per setting of these sections, `--train.epochs 3`, plus the short forms.
+    """One flag per setting of these names, `--train.epochs 3`, plus the short forms, by section.
 
     defaults says where a setting comes from that is not given; else it is that of the full run.
-    only leaves out all settings but these.
     """
-    for section in sections:
+    for section, members in groupby(names, lambda name: name.partition(".")[0]):
         group = parser.add_argument_group(f"{section} settings")
-        for name, field in settings.OPTIONS.items():
-            if not name.startswith(f"{section}.") or only and name not in only:
-                continue
+        for name in members:
+            field = settings.OPTIONS[name]
             short = [flag for flag, full in short_flags.items() if full == name]
             kind, default = field.type.__name__, field.default
             if isinstance(default, tuple):
@@ -102,8 +100,9 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
                         help="pictures denoised together (auto: what fits)")
     # The grids drawn during training have settings of their own.
     others = ("sample.grid_sampler", "sample.grid_steps", "sample.batch_size")
-    wanted = tuple(name for name in settings.OPTIONS if name not in others)
-    add_config_flags(parser, ("sample",), SAMPLING_FLAGS, "the checkpoint's", only=wanted)
+    wanted = [name for name in settings.OPTIONS
+              if name.startswith("sample.") and name not in others]
+    add_config_flags(parser, wanted, SAMPLING_FLAGS, "the checkpoint's")
 
 
 def config_overrides(args: argparse.Namespace) -> dict[str, str]:

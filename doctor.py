@@ -200,7 +200,7 @@ def show(what: str, finding: Finding) -> None:
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    add_config_flags(parser, tuple(settings.SECTIONS))
+    add_config_flags(parser)
     config = settings.apply_overrides(settings.full(), config_overrides(parser.parse_args()))
     checks: dict[str, Callable[[], Finding]] = {
         "packages": check_packages,

@@ -12,7 +12,7 @@ PREPARATION_SETTINGS = ("data.data_dir", "data.image_size", "data.skip_unreadabl
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    add_config_flags(parser, ("data",), only=PREPARATION_SETTINGS)
+    add_config_flags(parser, PREPARATION_SETTINGS)
     config = settings.apply_overrides(settings.full(), config_overrides(parser.parse_args()))
     prepare(config.data, progress=progress, say=say)
     return 0

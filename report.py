@@ -5,7 +5,6 @@ GIF (`make report`; a run writes them by itself when it ends).
 import base64
 import io
 import sys
-import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -17,7 +16,9 @@ from run_status import energy_text, read_facts
 from training_monitor import (
     RUN_DIRECTORIES,
     by_kind,
+    ema_grids,
     evenly,
+    moment,
     read_json,
     read_metrics,
     read_records,
@@ -49,9 +50,8 @@ slider.addEventListener('input', show); show();
 
 def grid_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the EMA's grids, at most MOST_GRIDS, first and last among them."""
-    paths = sorted((folder / "samples").glob(f"step_{8 * '[0-9]'}_ema.png"))
     return [(int(path.name.split("_")[1]), path)
-            for path in evenly(paths, MOST_GRIDS) if is_picture(path)]
+            for path in evenly(ema_grids(folder), MOST_GRIDS) if is_picture(path)]
 
 
 def is_picture(path: Path) -> bool:
@@ -111,13 +111,11 @@ def training_hours(train: list[dict]) -> float:
 
 
 def facts_section(run: dict, train: list[dict], validation: list[dict]) -> str:
-    def moment(key: str) -> str:
-        if not isinstance(run.get(key), (int, float)):
-            return ""
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run[key]))
+    def at(key: str) -> str:
+        return moment(run[key]) if isinstance(run.get(key), (int, float)) else ""
 
-    rows = [("state", run.get("state", "unknown")), ("last start", moment("started")),
-            ("ended", moment("ended")), ("machine", run.get("machine", ""))]
+    rows = [("state", run.get("state", "unknown")), ("last start", at("started")),
+            ("ended", at("ended")), ("machine", run.get("machine", ""))]
     if train:
         last = train[-1]
         rows += [

@@ -19,6 +19,8 @@ from training_monitor import (
     RUN_DIRECTORIES,
     by_kind,
     duration,
+    ema_grids,
+    moment,
     read_json,
     read_metrics,
     time_left,
@@ -34,7 +36,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class RunState:
-    """What one run directory holds; files are (time, name, size), oldest first."""
+    """What one run directory holds; checkpoints are (time, name, size), oldest first."""
 
     mode: str
     folder: Path  # relative to the root
@@ -43,7 +45,7 @@ class RunState:
     validation: list[dict]
     warnings: list[dict]
     checkpoints: list[tuple[float, str, int]]
-    samples: list[tuple[float, str, int]]
+    last_sample: str | None  # the newest grid of the EMA
 
     @property
     def last_sign(self) -> float:
@@ -74,9 +76,9 @@ def read_facts(folder: Path) -> dict:
     return facts
 
 
-def list_files(folder: Path, pattern: str) -> list[tuple[float, str, int]]:
+def list_checkpoints(folder: Path) -> list[tuple[float, str, int]]:
     found = []
-    for path in folder.glob(pattern):
+    for path in folder.glob("*.pt"):
         with contextlib.suppress(FileNotFoundError):  # a run removes its old checkpoints
             found.append((path.stat().st_mtime, path.name, path.stat().st_size))
     return sorted(found)
@@ -88,19 +90,18 @@ def find_runs(root: Path) -> list[RunState]:
     for mode, name in RUN_DIRECTORIES.items():
         folder = root / name
         facts, records = read_facts(folder), read_metrics(folder)
-        checkpoints = list_files(folder, "*.pt")
-        samples = list_files(folder / "samples", "*.png")
+        checkpoints, grids = list_checkpoints(folder), ema_grids(folder)
         if facts is not UNKNOWN or records or checkpoints:
             kinds = by_kind(records, "train", "validation", "warning")
-            runs.append(RunState(mode, name, facts, *kinds, checkpoints, samples))
+            last_sample = f"{name}/samples/{grids[-1].name}" if grids else None
+            runs.append(RunState(mode, name, facts, *kinds, checkpoints, last_sample))
     return runs
 
 
 def state_text(run: RunState, now: float) -> str:
     state, ended = run.facts["state"], run.facts["ended"]
     if state == "running":
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.facts["started"]))
-        return f"running since {since} on {run.facts['device']}"
+        return f"running since {moment(run.facts['started'])} on {run.facts['device']}"
     if state == "died":
         return f"died: killed without a word, last sign {duration(now - run.last_sign)} ago"
     return state if ended is None else f"{state} {duration(now - ended)} ago"
@@ -153,7 +154,6 @@ def energy_text(train: list[dict]) -> str:
 
 def status_rows(run: RunState, now: float, checkpoints: int) -> list[tuple[str, str]]:
     """Label and text of all there is to say in words, with so many of the newest checkpoints."""
-    sample = f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else "none yet"
     files = [f"{name:<24}{size / 2**20:8.1f} MiB   {duration(now - modified)} ago"
              for modified, name, size in run.checkpoints[-checkpoints:]]
     step = run.train[-1]["step"] if run.train else 0
@@ -171,7 +171,7 @@ def status_rows(run: RunState, now: float, checkpoints: int) -> list[tuple[str, 
         ("  with EMA", loss_text(run.validation, "loss_ema")),
         ("speed", speed_text(run)),
         *([("energy", energy_text(run.train))] if energy_text(run.train) else []),
-        ("last sample", sample),
+        ("last sample", run.last_sample or "none yet"),
         *zip(["checkpoints", *[""] * len(files)], files or ["none yet"]),
     ]
 
@@ -188,7 +188,7 @@ def as_json(runs: list[RunState]) -> list[dict]:
             "warnings": run.warnings,
             "checkpoints": [{"name": name, "bytes": size, "modified": modified}
                             for modified, name, size in run.checkpoints],
-            "last_sample": f"{run.folder}/samples/{run.samples[-1][1]}" if run.samples else None,
+            "last_sample": run.last_sample,
         }
         for run in runs
     ]

@@ -77,7 +77,7 @@ def parse_arguments():
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config as JSON and stop"
     )
-    cli.add_config_flags(parser, tuple(settings.SECTIONS))
+    cli.add_config_flags(parser)
     return parser.parse_args()
 
 
@@ -150,21 +150,22 @@ def newest_checkpoint(mode: str, folder: Path) -> dict | None:
     if mode == "quick-test":
         return None
     found = load_newest([folder], warn=say)
-    if found is None and list_checkpoints(folder):
-        raise CheckpointError(
-            f"no checkpoint in {folder} can be read, for the reasons above; mend that, or start "
-            "anew with --fresh (make: FRESH=1)"
-        )
-    state = found[1] if found else None
-    if state and state["config"]["mode"] != mode:
-        raise CheckpointError(
-            f"{found[0]} belongs to a run of mode {state['config']['mode']}, not {mode}; move it "
-            "away or start anew with --fresh (make: FRESH=1)"
-        )
-    if state and mode != "full" and state["step"] >= state["total_steps"] and has_finished(folder):
+    if found is None:
+        if list_checkpoints(folder):
+            raise CheckpointError(
+                f"no checkpoint in {folder} can be read, for the reasons above; mend that, or "
+                "start anew with --fresh (make: FRESH=1)"
+            )
         return None
-    if state:
-        require_classes(found[0], state["class_names"], CLASS_NAMES)
+    path, state = found
+    if state["config"]["mode"] != mode:
+        raise CheckpointError(
+            f"{path} belongs to a run of mode {state['config']['mode']}, not {mode}; move it away "
+            "or start anew with --fresh (make: FRESH=1)"
+        )
+    if mode != "full" and state["step"] >= state["total_steps"] and has_finished(folder):
+        return None
+    require_classes(path, state["class_names"], CLASS_NAMES)
     return state
 
 
@@ -303,7 +304,7 @@ def main() -> int:
     may_fall_back = saved is None and "data.dataset" not in overrides
     config, splits = load_data(config, may_fall_back)
     run = Run(config, folder, splits, device, saved, processes)
-    require_equal_data(run.pictures, saved, folder, processes)
+    require_equal_data(run.fingerprint, saved, folder, processes)
     engine = run.engine
     if engine.complete and processes.from_leader(lambda: has_finished(folder)):
         say_complete(run)
@@ -342,8 +343,7 @@ def session(run: Run) -> int:
     """Train to the end or a signal; returns the exit status, 1 for a verdict that fails."""
     if run.monitor:
         run.monitor.begin(run.engine.step, settings.to_dict(run.config))
-        if run.config.mode in ("overfit", "quick-test"):
-            run.draw_originals()
+        run.draw_originals()
     with stopping_on_signals(run):
         complete = run.train()
     if not complete:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -157,8 +158,7 @@ def owner(folder: Path) -> str:
     facts = read_json(folder / "run.json")
     if not facts.keys() >= {"started", "pid", "host"}:
         return "another process"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
-    return f"process {facts['pid']} on {facts['host']} since {since}"
+    return f"process {facts['pid']} on {facts['host']} since {moment(facts['started'])}"
 
 
 def refuse_second_run(folder: Path) -> None:
@@ -168,6 +168,11 @@ def refuse_second_run(folder: Path) -> None:
                        "that disk, or remove the link")
     if folder.is_dir():
         acquire_lock(folder).close()
+
+
+def moment(seconds: float) -> str:
+    """Seconds since 1970 as a date and local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def duration(seconds: float) -> str:
@@ -199,18 +204,17 @@ class TrainingMonitor:
     def __init__(self, folder: Path, *, mode: str, device: str, machine: str, total_steps: int,
                  steps_per_epoch: int, command: str):
         self.folder = Path(folder)
-        self.samples = self.folder / "samples"
         self.facts = {
             "mode": mode, "pid": os.getpid(), "host": socket.gethostname(), "started": time.time(),
             "device": device, "machine": machine, "total_steps": total_steps,
             "steps_per_epoch": steps_per_epoch, "state": "running", "ended": None,
             "command": command,
         }
-        self.bar, self.warnings = None, 0
+        self.bar = None
         self.curves_drawn = time.monotonic()
 
     def __enter__(self) -> "TrainingMonitor":
-        self.samples.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = acquire_lock(self.folder)
         return self
 
@@ -218,7 +222,7 @@ class TrainingMonitor:
         if self.bar is not None:
             self.bar.close()
         self.facts["ended"] = time.time()
-        if self.facts["state"] == "running":
+        if kind is not None or self.facts["state"] == "running":
             self.facts["state"] = "interrupted" if kind is KeyboardInterrupt else "failed"
         try:
             write_json(self.folder / "run.json", self.facts)
@@ -233,7 +237,7 @@ class TrainingMonitor:
         from tqdm import tqdm
 
         sweep(self.folder)
-        self.samples.mkdir(exist_ok=True)  # an earlier run's may have been moved aside
+        (self.folder / "samples").mkdir(exist_ok=True)
         write_json(self.folder / "run.json", self.facts)
         write_json(self.folder / "config.json", config)
         self.records = [r for r in read_metrics(self.folder) if r["step"] <= step]
@@ -264,7 +268,6 @@ class TrainingMonitor:
 
     def warn(self, step: int, message: str) -> None:
         """Say what looks wrong, and record it."""
-        self.warnings += 1
         self.append("warning", step=step, message=message)
         say(f"warning at step {step}: {message}")
 
@@ -275,10 +278,11 @@ class TrainingMonitor:
         """
         step = values["step"]
         if kind == "validation":
-            self.append(kind, **values, warnings=self.warnings)
+            since = takewhile(lambda r: r["kind"] != "validation", reversed(self.records))
+            warnings = sum(record["kind"] == "warning" for record in since)
+            self.append(kind, **values, warnings=warnings)
             say(f"step {step}: validation loss {values['loss']:.4f}, EMA {values['loss_ema']:.4f}; "
-                + verdict(self.warnings))
-            self.warnings = 0
+                + verdict(warnings))
             return
         self.append(kind, **values)
         shown = {"loss": f"{values['loss']:.4f}"}
@@ -311,6 +315,11 @@ class TrainingMonitor:
 
 def sample_path(folder: Path, step: int, name: str) -> Path:
     return folder / "samples" / f"step_{step:08d}_{name}.png"
+
+
+def ema_grids(folder: Path) -> list[Path]:
+    """The grids drawn so far from the EMA, in the order of their steps."""
+    return sorted((folder / "samples").glob(f"step_{8 * '[0-9]'}_ema.png"))
 
 
 def labelled_grid(

@@ -15,7 +15,7 @@ import config as settings
 from build import build_model, build_sampler, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
 from conditional_diffusion.checkpoint import require_weights
-from conditional_diffusion.memory import OutOfMemory, empty_caches, fitting_batch_size
+from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
@@ -109,7 +109,7 @@ class Run:
         self.processes = processes or Processes()
         self.model, self.scheduler = build_model(config, device)
         self.folder, self.splits, self.device = folder, splits, device
-        self.pictures = fingerprint(splits)
+        self.fingerprint = fingerprint(splits)
         if config.train.batch_size == AUTO_BATCH:
             config = self.with_fitting_batch(config, device)
         self.config = config
@@ -172,7 +172,7 @@ class Run:
         held = torch.empty(later, dtype=torch.uint8, device=device)
         fitting = fitting_batch_size(trial, size**2, device, LARGEST_TRAINING_BATCH)
         del held
-        empty_caches()  # or the pictures would not find the place that was held for them
+        torch.cuda.empty_cache()  # or the pictures would not find the place that was held for them
         fitting = self.processes.extreme(fitting, largest=False) * self.processes.world_size
         fitting = min(fitting, LARGEST_TRAINING_BATCH)
         batch_size = min(images, fitting - fitting % 8 if fitting >= 8 else fitting)
@@ -297,7 +297,7 @@ class Run:
                 "class_names": list(CLASS_NAMES),
                 "total_steps": self.engine.total_steps,
                 "best_loss": self.best_loss,
-                "data": self.pictures,
+                "data": self.fingerprint,
                 **state,
             },
             keep=self.config.train.keep_checkpoints,

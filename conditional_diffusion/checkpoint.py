@@ -129,10 +129,9 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int, best: bool = False)
         # torch.save reports a failed write as RuntimeError, with the cause in its context.
         raise WriteError(write_failure(path, error)) from error
     finally:
-        with suppress(OSError):  # gone already unless something failed, which is then the news
-            unfinished.unlink()
-        with suppress(OSError):
-            copy.unlink()
+        for leftover in (unfinished, copy):
+            with suppress(OSError):  # gone already unless something failed, which is then the news
+                leftover.unlink()
     others = [other for other in list_checkpoints(folder) if other.name not in (path.name, BEST)]
     for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink()

@@ -54,12 +54,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def empty_caches() -> None:
-    """Give back what the allocator of the GPU keeps for reuse."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def in_parts(
     work: Callable[[slice], Result], count: int, size: int, what: str
 ) -> Iterator[Result]:
@@ -80,7 +74,7 @@ def in_parts(
             start += size
             continue
         # Out here nothing holds on to the memory of the attempt any more.
-        empty_caches()
+        torch.cuda.empty_cache()
         if size == 1:
             raise OutOfMemory(f"out of memory with {what} one at a time; use another device")
         size //= 2

@@ -19,14 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory import (
-    MEMORY_ERRORS,
-    OutOfMemory,
-    empty_caches,
-    in_parts,
-    is_out_of_memory,
-    logger,
-)
+from .memory import MEMORY_ERRORS, OutOfMemory, in_parts, is_out_of_memory, logger
 from .muon import Muon, matrix_weights
 from .noise_scheduler import CosineNoiseScheduler
 from .processes import Processes, average_gradients
@@ -204,11 +197,12 @@ class TrainingEngine:
             self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self._weights, self.grad_clip)
         finite = torch.isfinite(grad_norm)  # a loss that is not finite makes the norm so too
+        found_inf = (~finite).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.current_learning_rate
             # Not by the scaler, which would judge the gradients of each by themselves.
-            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+            optimizer.found_inf = found_inf
             optimizer.step()
         self.scaler.update()
         self.model.zero_grad()
@@ -229,7 +223,7 @@ class TrainingEngine:
 
         Later none of them could split a batch that the others have not split.
         """
-        empty_caches()  # NCCL takes its buffers from what is free, not from torch's cache
+        torch.cuda.empty_cache()  # NCCL takes its buffers from what is free, not from torch's cache
         self.micro_batches = self.processes.extreme(self.micro_batches, largest=True)
         self.network, self.tied = average_gradients(self.network), True
 
@@ -326,7 +320,7 @@ class TrainingEngine:
             raise OutOfMemory(
                 "out of memory with a single image at a time; use a smaller model or image size"
             )
-        empty_caches()
+        torch.cuda.empty_cache()
         self.micro_batches = min(batch_size, 2 * self.micro_batches)
         logger.warning(
             "out of memory at step %d: each batch of %d now goes through the network in %d parts, "
@@ -512,9 +506,9 @@ class TrainingEngine:
         self.step, self.images_seen = state["step"], state["images_seen"]
         self._skipped.fill_(state["skipped_steps"])
         self._skipped_in_a_row.fill_(state["skipped_in_a_row"])
-        if self.scaler.is_enabled() and state["scaler"]:
+        if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        for name, value in state["sums"].items():
-            setattr(self, name, value.to(self.device) if torch.is_tensor(value) else value)
+        for name in SUMS:
+            getattr(self, name).copy_(state["sums"][name])
         if not self.processes.leads:  # the leader has them all
             self._losses, self._counts = torch.zeros(2, QUARTERS, device=self.device)

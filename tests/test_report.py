@@ -68,13 +68,13 @@ def run(call) -> Path:
 def test_a_run_writes_its_own_page(run):
     page = Page((run / "report.html").read_text())
     assert list(page.sections) == [
-        "", "Facts", "Warnings", "Samples through training", "Curves", "Scores", "Commands",
-        "Settings",
+        "", "Facts", "Warnings", "Samples through training", "Originals", "Curves", "Scores",
+        "Commands", "Settings",
     ]
     facts = page.sections["Facts"]
     assert "finished" in facts and "8 of 8" in facts and "images seen 80" in facts
     assert re.search(r"threads, torch [\d.]+.*, Python 3", facts)
-    assert page.pictures == ["step 5", "step 8", "training_curves"]
+    assert page.pictures == ["step 5", "step 8", "step_00000000_originals", "training_curves"]
     assert "--train.weight_decay 0.125" in page.sections["Commands"]
     listed = page.sections["Settings"].split()
     assert listed.index("train.weight_decay") < listed.index("train.learning_rate")

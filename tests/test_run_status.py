@@ -191,7 +191,9 @@ def test_numbers_of_the_status(tmp_path):
                validation(400, 0.03)]
     folder = write_run(tmp_path, state="finished", ended=NOW - 90_000, records=records)
     files = [("checkpoint_00000200.pt", 3 * 2**20, 7200), ("checkpoint_00000100.pt", 2**20, 10_800),
-             *((f"samples/{i}.png", 1, 50 + abs(i - 5)) for i in range(9))]
+             ("samples/step_00000000_originals.png", 1, 0),  # drawn anew by a continued run
+             *((f"samples/step_{step:08d}_{name}.png", 1, 50) for step in (5, 400, 20)
+               for name in ("ema", "raw"))]
     for name, size, age in files:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -205,7 +207,7 @@ def test_numbers_of_the_status(tmp_path):
           validation   last 0.03       best 0.02       at step 200
             with EMA   last 0.018      best 0.018      at step 200
           speed        7.5 images/s
-          last sample  checkpoints/samples/5.png
+          last sample  checkpoints/samples/step_00000400_ema.png
           checkpoints  checkpoint_00000100.pt       1.0 MiB   3 h 00 min ago
                        checkpoint_00000200.pt       3.0 MiB   2 h 00 min ago""")
 

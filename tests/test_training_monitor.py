@@ -78,13 +78,16 @@ def test_progress_lines_know_no_time_left_before_the_second_record(tmp_path, mon
     ]
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
     "error, state", [(KeyboardInterrupt, "interrupted"), (ValueError, "failed")]
 )
-def test_how_a_run_ended_is_noted(tmp_path, error, state):
+def test_how_a_run_ended_is_noted(tmp_path, error, state, trained):
     with pytest.raises(error), TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {})
         assert json.loads((tmp_path / "run.json").read_text())["state"] == "running"
+        if trained:  # a verdict, which can be interrupted as well, follows
+            monitor.end("finished")
         raise error
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["state"] == state and facts["ended"] >= facts["started"]
@@ -193,6 +196,8 @@ def test_a_validation_comes_with_a_verdict(tmp_path, capsys):
         monitor.record("validation", step=1, **losses)
         monitor.warn(2, "first")
         monitor.warn(2, "second")
+    with TrainingMonitor(tmp_path, **FACTS) as monitor:  # what a continued run warned of counts
+        monitor.begin(2, {})
         monitor.record("validation", step=2, **losses)
         monitor.record("validation", step=3, **losses)
         monitor.end("finished")
