@@ -76,7 +76,7 @@ def read_facts(folder: Path) -> dict:
     return facts
 
 
-def list_checkpoints(folder: Path) -> list[tuple[float, str, int]]:
+def checkpoint_files(folder: Path) -> list[tuple[float, str, int]]:
     found = []
     for path in folder.glob("*.pt"):
         with contextlib.suppress(FileNotFoundError):  # a run removes its old checkpoints
@@ -90,7 +90,7 @@ def find_runs(root: Path) -> list[RunState]:
     for mode, name in RUN_DIRECTORIES.items():
         folder = root / name
         facts, records = read_facts(folder), read_metrics(folder)
-        checkpoints, grids = list_checkpoints(folder), ema_grids(folder)
+        checkpoints, grids = checkpoint_files(folder), ema_grids(folder)
         if facts is not UNKNOWN or records or checkpoints:
             kinds = by_kind(records, "train", "validation", "warning")
             last_sample = f"{name}/samples/{grids[-1].name}" if grids else None

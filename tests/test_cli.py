@@ -140,6 +140,19 @@ def test_a_short_run_killed_before_its_verdict_is_not_trained_anew(call):
     assert "moved to checkpoints_overfit_1" in call(train_model, *overfit)[1]  # it was complete
 
 
+def test_a_verdict_that_was_interrupted_is_given_by_the_same_command(call, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    overfit = ["--overfit", *PICTOGRAMS, "--epochs", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run.Run, "verdict", interrupted)
+        assert call(train_model, *overfit)[0] == 130
+    assert json.loads(Path("checkpoints_overfit/run.json").read_text())["state"] == "interrupted"
+    said = call(train_model, *overfit)[1]
+    assert "continuing at step" in said and "FAIL" in said and "moved" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_continues_to_the_same_weights(call, number):
     full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 2,

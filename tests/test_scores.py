@@ -55,6 +55,12 @@ def test_frechet_distance_with_fewer_rows_than_dimensions():
     assert frechet_distance(rows, rows) == pytest.approx(0, abs=1e-6)
     # The same cloud moved: only the mean counts.
     assert frechet_distance(rows, rows + 0.5) == pytest.approx(20 * 0.25, rel=1e-5)
+    # Of others the trace of the root is the nuclear norm of the product of the centred rows.
+    others = torch.rand(7, 20, generator=torch.Generator().manual_seed(1))
+    a, b = ((x - x.mean(0)).double() / math.sqrt(len(x) - 1) for x in (rows, others))
+    expected = (rows.mean(0) - others.mean(0)).square().sum() + a.square().sum() + b.square().sum()
+    expected -= 2 * torch.linalg.svdvals(a @ b.T).sum()
+    assert frechet_distance(rows, others) == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="two rows"):
         frechet_distance(rows[:1], rows)
 
