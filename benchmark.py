@@ -368,7 +368,10 @@ def compare_memory(report: Report, config: Config, names: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     for name in names:
         try:
-            with ProcessPoolExecutor(1, context, initializer=be_the_first_to_go) as pool:
+            # One task, or it would wait for another for ever, should this process be killed.
+            with ProcessPoolExecutor(
+                1, context, initializer=be_the_first_to_go, max_tasks_per_child=1
+            ) as pool:
                 before, peak = pool.submit(peak_of_a_step, config, name).result()
         except BrokenProcessPool:
             print(f"memory of {name}: not measured, the process ended before it was done")
