@@ -373,8 +373,8 @@ def compare_memory(report: Report, config: Config, names: list[str]) -> None:
                 1, context, initializer=be_the_first_to_go, max_tasks_per_child=1
             ) as pool:
                 before, peak = pool.submit(peak_of_a_step, config, name).result()
-        except BrokenProcessPool:
-            print(f"memory of {name}: not measured, the process ended before it was done")
+        except (BrokenProcessPool, ConfigError) as error:  # a GPU may be for one process alone
+            print(f"memory of {name}: not measured ({error})")
             continue
         report.note(f"memory, batch {MEMORY_BATCH}", name, peak_GiB=peak, before_GiB=before)
 

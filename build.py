@@ -11,11 +11,13 @@ import config as settings
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, UNet
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import keep_freed_memory
-from conditional_diffusion.processes import Processes
+from conditional_diffusion.processes import LAUNCHED_BY, Processes
 from config import CLASS_NAMES, Config, ConfigError
+from training_monitor import say
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_CAPABILITY = (7, 0)  # of GPUs whose tensor cores make fp16 faster
+NVIDIA_DRIVER = Path("/dev/nvidiactl")  # there where the driver is loaded
 
 
 def choose_device(config: Config, processes: Processes | None = None):
@@ -34,6 +36,10 @@ def choose_device(config: Config, processes: Processes | None = None):
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        if name == "cpu" and NVIDIA_DRIVER.exists() and not hidden:
+            say("this machine has a GPU that torch cannot use, so the CPU works; `make gpu-status` "
+                "tells why")
     if processes and processes.several and name != "cpu":
         name = own_gpu(name, processes)
     if name == "cpu":
@@ -59,6 +65,8 @@ def own_gpu(name: str, processes: Processes) -> str:
     if name != "cuda":
         raise ConfigError(f"several processes cannot share {name}; leave --device out, and choose "
                           "GPUs with CUDA_VISIBLE_DEVICES")
+    if gpus == 1 and LAUNCHED_BY not in os.environ and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return "cuda:0"  # a platform that starts the processes itself has shown each its own
     if processes.local_rank >= gpus:
         raise ConfigError(f"this machine has {gpus} GPUs for more processes than that; start fewer "
                           "(make: GPUS=), or use --device cpu")
@@ -84,10 +92,18 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def named_dtype(section: str, precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of a precision other than auto; ConfigError where a GPU would only imitate it."""
+    if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise ConfigError(f"{section}.precision bf16 is not for this GPU, which lacks it; use "
+                          "auto, fp32 or fp16")
+    return DTYPES[precision]
+
+
 def training_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     """What train.precision means on this device: a dtype for autocast, or None for float32."""
     if config.train.precision != "auto":
-        return DTYPES[config.train.precision]
+        return named_dtype("train", config.train.precision, device)
     if has_bf16(device):
         return torch.bfloat16
     fast_fp16 = device.type == "cuda" and (
@@ -99,7 +115,7 @@ def training_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 def sampling_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     """The same of sample.precision; never fp16 by itself, whose range ends in black pictures."""
     if config.sample.precision != "auto":
-        return DTYPES[config.sample.precision]
+        return named_dtype("sample", config.sample.precision, device)
     return torch.bfloat16 if has_bf16(device) else None
 
 

@@ -15,8 +15,10 @@ logger = logging.getLogger("conditional_diffusion")
 # torch's allocator of the GPU has a RuntimeError of its own; what else allocates says it in words.
 MEMORY_ERRORS = (RuntimeError, MemoryError)
 MEMORY_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
-# What torch says where none of cuDNN's kernels works, for want of memory or because there is none.
-NO_KERNEL, FULL = "unable to find an engine", 0.05  # share of the GPU below which it is the former
+# What torch says where none of cuDNN's kernels works or a library cannot begin, for want of memory
+# or for other reasons.
+PERHAPS_MEMORY = ("unable to find an engine", "STATUS_NOT_INITIALIZED")
+FULL = 0.05  # free share of the GPU below which it is the former
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MEMORY_SHARE = 0.8  # of what is free; the rest is for fragmentation and for other programs
@@ -35,7 +37,9 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return any(words in text for words in MEMORY_WORDS) or NO_KERNEL in text and gpu_is_full()
+    if any(words in text for words in PERHAPS_MEMORY):
+        return gpu_is_full()
+    return any(words in text for words in MEMORY_WORDS)
 
 
 def gpu_is_full() -> bool:

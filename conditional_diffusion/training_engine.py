@@ -156,8 +156,9 @@ class TrainingEngine:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype is torch.float16
         )
-        # torch's AveragedModel would wait for the device at every step.
-        self.ema_model = copy.deepcopy(self.model).requires_grad_(False)
+        # torch's AveragedModel would wait for the device at every step. It keeps requires_grad, or
+        # autocast would cast its weights anew at every step of a chain.
+        self.ema_model = copy.deepcopy(self.model)
         self._weights = list(self.model.parameters())
         self._averages = list(self.ema_model.parameters())
         # What the training steps call: the model or its compiled form; once tied, inside what

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 import build
 from build import build_model, build_sampler, sampling_dtype, training_dtype
 from conditional_diffusion import DDIMSampler, DPMSolverSampler
-from config import apply_overrides, full
+from conditional_diffusion.processes import LAUNCHED_BY, Processes
+from config import ConfigError, apply_overrides, full
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -39,6 +40,54 @@ def test_precision_follows_the_gpu(gpu, name, bf16, capability, training, sampli
     gpu(bf16, capability)
     assert training_dtype(full(), CUDA) is training
     assert sampling_dtype(full(), CUDA) is sampling
+
+
+def test_bf16_by_name_is_refused_where_a_gpu_would_only_imitate_it(gpu):
+    gpu(False, (7, 5))
+    config = apply_overrides(full(), {"train.precision": "bf16", "sample.precision": "bf16"})
+    for dtype, name in ((training_dtype, "train"), (sampling_dtype, "sample")):
+        with pytest.raises(ConfigError, match=f"{name}.precision bf16 is not for this GPU"):
+            dtype(config, CUDA)
+    gpu(True, (8, 0))
+    assert training_dtype(config, CUDA) is sampling_dtype(config, CUDA) is torch.bfloat16
+
+
+@pytest.mark.parametrize("driver, visible, said", [
+    (True, None, True), (True, "0", True), (True, "", False), (False, None, False),
+])
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
+    monkeypatch, tmp_path, capsys, driver, visible, said
+):
+    monkeypatch.setattr(build, "NVIDIA_DRIVER", tmp_path if driver else tmp_path / "none")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert build.choose_device(full()) == CPU
+    assert ("make gpu-status" in capsys.readouterr().out) is said
+    build.choose_device(apply_overrides(full(), {"train.device": "cpu"}))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus, visible, launched, expected", [
+    (4, None, True, "cuda:2"), (4, None, False, "cuda:2"), (1, "2", False, "cuda:0"),
+    (1, "2", True, None), (1, None, False, None), (2, "0,1", False, None),
+])
+def test_each_of_several_processes_takes_its_own_gpu(
+    monkeypatch, gpus, visible, launched, expected
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), (LAUNCHED_BY, launched and "a run")):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    third = Processes(rank=2, world_size=4, local_rank=2)
+    if expected:
+        assert build.own_gpu("cuda", third) == expected
+    else:
+        with pytest.raises(ConfigError, match=f"has {gpus} GPUs for more processes"):
+            build.own_gpu("cuda", third)
+    with pytest.raises(ConfigError, match="cannot share cuda:1"):
+        build.own_gpu("cuda:1", third)
 
 
 def test_on_a_cpu_and_where_it_is_said_precision_is_fixed():

@@ -418,6 +418,19 @@ def test_plain_command_continues_with_the_settings_of_the_run(call):
         assert optimizer["param_groups"][0]["weight_decay"] == 0.5
 
 
+def test_a_run_of_a_gpu_goes_on_on_the_cpu_only_when_told(call):
+    full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1, "--batch-size", 5]
+    call(train_model, *full, "--train.max_hours", 1e-9)
+    facts = Path("checkpoints/run.json")
+    facts.write_text(facts.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
+    status, said = call(train_model, "--full")
+    assert status == 1
+    assert_one_sentence(said, "was trained on a GPU", "make gpu-status", "--device cpu")
+    status, said = call(train_model, "--full", "--device", "cpu")
+    assert status == 0 and "continuing at step 1" in said
+    assert json.loads(facts.read_text())["device"] == "cpu"
+
+
 def test_continuing_never_changes_the_data(call, monkeypatch):
     from torchvision.datasets import CIFAR10
 

@@ -9,8 +9,9 @@ import torch
 from conftest import assert_identical
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from conditional_diffusion import TrainingEngine, training_engine
+from conditional_diffusion import DDPMSampler, TrainingEngine, training_engine
 from conditional_diffusion.memory import OutOfMemory, is_out_of_memory
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.training_engine import (
@@ -125,6 +126,27 @@ def test_ema_decay_halves_over_its_halflife():
     assert ema_decay(100, 2000, 500, 0.05) == pytest.approx(0.5)
     # The batch size does not change what a number of images does.
     assert ema_decay(10, 10**9, 500, 0.1) ** 10 == pytest.approx(ema_decay(100, 10**9, 500, 0.1))
+
+
+def test_autocast_casts_the_weights_of_the_average_once_in_a_chain(schedule):
+    class Network(nn.Linear):
+        null_label = 10
+
+        def forward(self, x_t, timesteps, class_labels):
+            return super().forward(x_t).float()
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default and args[0].shape == (16, 16)
+            return function(*args, **(kwargs or {}))
+
+    average = engine_for(Network(16, 16), schedule()).ema_model
+    sampler = DDPMSampler(schedule(), num_inference_steps=5, autocast_dtype=torch.bfloat16)
+    with Casts() as casts:
+        sampler.sample(average, torch.arange(2), (3, 8, 16), [0, 1])
+    assert casts.count == 1
 
 
 def test_ema_is_the_closed_form_weighted_sum_of_the_weights(schedule):
@@ -561,9 +583,12 @@ def test_out_of_memory_splits_the_batch_with_the_same_gradients(
 
 
 @pytest.mark.parametrize("free, full", [(2**29, True), (2**31, False)])
-def test_no_kernel_of_cudnn_means_out_of_memory_on_a_full_gpu_only(monkeypatch, free, full):
+@pytest.mark.parametrize("error", [  # torch's own words
+    "GET was unable to find an engine to execute this computation",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+])
+def test_some_errors_mean_out_of_memory_on_a_full_gpu_only(monkeypatch, error, free, full):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 16 * 2**30))
-    error = "GET was unable to find an engine to execute this computation"  # torch's own words
     assert is_out_of_memory(RuntimeError(error)) is full
 
 
