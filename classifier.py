@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from conditional_diffusion.checkpoint import DAMAGED
 from conditional_diffusion.memory import in_parts
+from conditional_diffusion.muon import Muon, matrix_weights
 from config import CLASS_NAMES
 from data import Split, enlarge
 from training_monitor import progress, replacing, say
@@ -23,7 +24,7 @@ INPUT_SIZE = 32  # pixels a side of what the classifier sees
 CHUNK = 500  # pictures looked at together outside training
 LOGIT_SCALE = 1 / 9  # keeps the first steps small, at a learning rate that suits the convolutions
 FOLDER = Path("data/classifiers")
-VERSION = 2  # of this file's mathematics; a change makes every cached classifier stale
+VERSION = 3  # of this file's mathematics; a change makes every cached classifier stale
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class Recipe:
     """How the classifier is trained; part of the name under which it is cached."""
 
     widths: tuple[int, ...] = (32, 128, 128)
-    epochs: int = 10
+    epochs: int = 5
     batch_size: int = 500
-    learning_rate: float = 1.5
+    learning_rate: float = 1.5  # of normalisations and head, by SGD; its momentum
     momentum: float = 0.85
     weight_decay: float = 1e-3
-    label_smoothing: float = 0.2
+    matrix_learning_rate: float = 0.1  # of convolutions, by Muon; its momentum
+    matrix_momentum: float = 0.6
+    matrix_weight_decay: float = 0.1
+    label_smoothing: float = 0.1
     shift: int = 2  # pixels by which training pictures are moved about
     seed: int = 0
 
@@ -142,14 +146,22 @@ def train_classifier(train: Split, recipe: Recipe, device) -> Classifier:
         images, labels = images.to(device), train.labels.to(device)
         batch_size = min(recipe.batch_size, len(images))
         steps = recipe.epochs * (len(images) // batch_size)
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad], lr=recipe.learning_rate,
-            momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=max(10, steps), pct_start=0.2,
-            anneal_strategy="linear", cycle_momentum=False, div_factor=5, final_div_factor=20,
-        )
+        matrices = matrix_weights(model.blocks)
+        chosen = {id(weight) for weight in matrices}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        optimizers = [
+            torch.optim.SGD(rest, recipe.learning_rate, recipe.momentum, nesterov=True,
+                            weight_decay=recipe.weight_decay),
+            # Half the epochs that SGD takes for all.
+            Muon(matrices, recipe.matrix_learning_rate, recipe.matrix_weight_decay,
+                 recipe.matrix_momentum),
+        ]
+        schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, optimizer.defaults["lr"], total_steps=max(10, steps), pct_start=0.2,
+                anneal_strategy="linear", cycle_momentum=False, div_factor=5, final_div_factor=20,
+            ) for optimizer in optimizers
+        ]
         order = torch.cat([torch.randperm(len(images))[: len(images) // batch_size * batch_size]
                            for _ in range(recipe.epochs)])
         for index in progress(order.to(device).split(batch_size), steps, "training classifier"):
@@ -157,10 +169,10 @@ def train_classifier(train: Split, recipe: Recipe, device) -> Classifier:
             loss = F.cross_entropy(
                 logits, labels[index], label_smoothing=recipe.label_smoothing
             )
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            for stepper in (*optimizers, *schedules):
+                stepper.step()
     return model.eval()
 
 

@@ -17,7 +17,6 @@ QUINTICS = (
     (8.38367, -24.76591, 18.35708), (4.04342, -3.01140, 0.56951),
     (3.50557, -2.62665, 0.52572), (2.49012, -1.83428, 0.43683),
 )
-MOMENTUM = 0.95
 UPDATE_RMS = 0.5  # root mean square of an update, in learning rates (Liu et al. 2025: 0.2)
 NO_POWER = 1e-14  # gram matrices of a smaller norm are not scaled up
 
@@ -89,8 +88,10 @@ class Muon(torch.optim.Optimizer):
     in float32: in bfloat16 the gram matrix of a nearly singular one is no longer positive.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0):
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0,
+                 momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.momentum = momentum
         self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -133,6 +134,6 @@ class Muon(torch.optim.Optimizer):
         gradient = torch.cat([in_order_of(parameter, parameter.grad) for parameter in parameters])
         momentum = torch.cat(momenta)
         gradient.masked_fill_(~finite, 0.0)
-        momentum.lerp_(gradient, (1 - MOMENTUM) * finite)
+        momentum.lerp_(gradient, (1 - self.momentum) * finite)
         torch._foreach_copy_(momenta, momentum.split([len(vector) for vector in momenta]))
-        return gradient.lerp_(momentum, MOMENTUM * finite)
+        return gradient.lerp_(momentum, self.momentum * finite)
