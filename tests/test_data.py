@@ -27,6 +27,7 @@ import data
 from cifar10 import DataError
 from config import CLASS_NAMES, DataConfig
 from data import Split, TrainingBatches
+from pictograms import PICTOGRAMS, pictogram_dataset
 
 REAL_DATA = os.environ.get("TEST_DATA_DIR", "")
 CONFIG = DataConfig(image_size=16)
@@ -500,6 +501,8 @@ def test_published_archive_and_its_folder(published, form):
         splits["train"].images, pixels[:5].reshape(100, 3, 32, 32)
     )
     np.testing.assert_array_equal(splits["test"].images, pixels[5].reshape(20, 3, 32, 32))
+    assert splits["train"].labels.tolist() == 5 * [n % 10 for n in range(20)]
+    assert splits["test"].labels.tolist() == [n % 10 for n in range(20)]
 
 
 def test_published_pictures_larger_than_the_model_are_reduced_by_lanczos(published):
@@ -883,3 +886,10 @@ def test_drawings_of_an_evaluated_class_are_no_pictures(tmp_path):
 def test_an_unknown_user_in_a_path_is_named():
     with pytest.raises(DataError, match="~nobodyx/pictures does not exist"):
         load(data_dir="~nobodyx/pictures")
+
+
+def test_every_pictogram_shows_its_class_and_a_larger_set_begins_with_the_smaller_one():
+    drawn = [draw.__name__ for draw, _ in PICTOGRAMS]
+    assert drawn == [f"draw_{name}" for name in CLASS_NAMES]
+    few, many = (pictogram_dataset(count, 16, 3)[0] for count in (1, 2))
+    np.testing.assert_array_equal(few, many[:10])

@@ -17,6 +17,7 @@ import evaluation
 import train_model
 from cifar10 import DataError
 from classifier import Recipe, cached_classifier, look_at
+from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, DataConfig
 from data import enlarge
 from evaluate_samples import at_n_floor, parse_scales, read_folder
@@ -153,6 +154,19 @@ def test_bad_folders_are_named(tmp_path):
         read_folder(tmp_path)
 
 
+def test_pictures_are_drawn_of_every_class_from_seeds_that_follow_each_other():
+    asked = {}
+
+    class Recorder:
+        def draw_parts(self, labels, seeds):
+            asked.update(labels=labels.tolist(), seeds=seeds)
+            yield torch.zeros(len(labels), 3, 4, 4)
+
+    pictures = evaluate_samples.draw(Recorder(), 2, 5, Processes())
+    assert asked == {"labels": 2 * list(range(10)), "seeds": list(range(5, 25))}
+    assert pictures.labels.tolist() == asked["labels"] and len(pictures.images) == 20
+
+
 def test_scales_of_a_sweep():
     assert parse_scales("2,1,1.5,1") == [1.0, 1.5, 2.0]
 
@@ -166,6 +180,7 @@ def test_a_sweep_over_a_checkpoint_then_its_pictures_from_a_folder(call, monkeyp
 
     def unavailable(*pictures, **options):
         attempts.append(options)
+        assert [len(images) for images in pictures[1:]] == [300, 30]  # training, held-out
         raise InceptionUnavailable("no network")
 
     monkeypatch.setattr(evaluate_samples, "inception_scores", unavailable)

@@ -411,3 +411,9 @@ def test_scores_on_the_gpu_are_those_of_the_cpu(score, tmp_path):
     on_cpu = score(pictures)
     for name in ("fid", "kid_mean", "inception_score_mean", "precision", "recall"):
         assert on_gpu[name] == pytest.approx(on_cpu[name], rel=1e-2, abs=1e-3), name
+
+
+def test_scores_are_those_of_their_publications():
+    # Heusel et al. 2017; Binkowski et al. 2018; Salimans et al. 2016, in torch-fidelity's terms.
+    assert (module.FEATURES, module.LOGITS) == ("2048", "logits_unbiased")
+    assert (module.KID_SUBSETS, module.KID_SUBSET_SIZE, module.IS_SPLITS) == (100, 1000, 10)

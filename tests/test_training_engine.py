@@ -85,6 +85,35 @@ def test_learning_rate_follows_the_table():
     assert learning_rate_at(1000, **schedule) == pytest.approx(0.2)
 
 
+def test_records_hold_the_learning_rate_of_the_next_step(schedule):
+    engine = engine_for(Probe(), schedule(), learning_rate=2.0, warmup_steps=4, total_steps=9,
+                        final_lr_fraction=0.1)
+    found = []
+    for _ in range(8):
+        engine.train_step(*images(2))
+        found.append(engine.take_metrics()["learning_rate"])
+    assert found == pytest.approx(LEARNING_RATES[1:], rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_steps_draw_timesteps_by_the_root_of_their_weight(schedule, gamma):
+    scheduler, model = schedule(48), Probe()
+    engine = engine_for(model, scheduler, min_snr_gamma=gamma)
+    engine.train_step(torch.zeros(4800, 1, 1, 1), torch.zeros(4800, dtype=torch.long))
+    _, timesteps, _ = model.calls[0]
+    roots = min_snr_weights(scheduler, gamma).double().sqrt()
+    share = timesteps.bincount(minlength=48).double() / len(timesteps)
+    assert_close(share, roots / roots.sum(), rtol=0, atol=1.01 / len(timesteps))
+
+
+def test_every_validation_image_has_noise_of_its_own(schedule):
+    model = Probe()
+    engine = engine_for(model, schedule())
+    engine.validation_loss(model, torch.zeros(40, 3, 4, 4), torch.zeros(40, dtype=torch.long), 40)
+    noise = nn.functional.normalize(model.calls[0][0].flatten(1))  # the images are black
+    assert (noise @ noise.T - torch.eye(40)).abs().max() < 0.9
+
+
 def test_learning_rate_without_warmup_or_decay():
     constant = {"peak": 2.0, "warmup_steps": 0, "total_steps": 3, "final_fraction": 1.0}
     assert [learning_rate_at(step, **constant) for step in range(3)] == [2.0] * 3

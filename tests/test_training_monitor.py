@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import training_monitor
@@ -164,6 +165,27 @@ def test_smoothed_is_the_bias_corrected_average():
         weights = [weight ** (count - 1 - i) for i in range(count)]
         expected = sum(w * v for w, v in zip(weights, values)) / sum(weights)
         assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_curve_has_its_name(monkeypatch, tmp_path):
+    drawn = {}
+
+    def savefig(self, path, **options):
+        drawn.update({axes.get_title(): {line.get_label(): line.get_ydata()[-1]
+                                         for line in axes.lines} for axes in self.axes})
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    train = {"kind": "train", "step": 2, "loss": 9.0, "loss_quarters": [1.0, 2.0, 3.0, 4.0],
+             "learning_rate": 5.0, "grad_norm": 6.0, "images_per_second": 7.0}
+    validation = {"kind": "validation", "step": 2, "loss": 0.4, "loss_ema": 0.3}
+    training_monitor.draw_curves([train, validation], tmp_path / "curves.png")
+    assert drawn["validation loss"] == {"weights": 0.4, "EMA weights": 0.3}
+    assert drawn["loss by noise level"] == pytest.approx(
+        {"least noise": 1.0, "second quarter": 2.0, "third quarter": 3.0, "most noise": 4.0})
+    for panel, value in (("loss", 9), ("learning rate", 5), ("gradient norm", 6),
+                         ("images per second", 7)):
+        assert all(last == pytest.approx(value) for last in drawn[panel].values()), panel
 
 
 def test_curves_are_drawn_from_any_amount_of_records(tmp_path):

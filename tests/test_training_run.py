@@ -262,3 +262,23 @@ def test_a_chosen_batch_is_a_multiple_of_eight_of_at_most_all_images(
 ):
     monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: fits)
     assert make_run(train__batch_size=0).config.train.batch_size == taken
+
+
+def test_what_looks_wrong_is_said(make_run, monkeypatch):
+    run, said = make_run(), []
+    run.monitor = Notes()
+    run.monitor.warn = lambda step, message: said.append(message)
+    run.monitor.records = []
+    run.monitor.record = lambda kind, **values: run.monitor.records.append({"kind": kind, **values})
+    findings = {
+        "loss_findings": lambda train: [f"{len(train)} losses"],
+        "validation_findings": lambda train, validation: [f"{len(validation)} validations"],
+        "picture_findings": lambda pictures, data: ["pictures"],
+    }
+    for name, found in findings.items():
+        monkeypatch.setattr(training_run, name, found)
+    run.engine.train_step(*next(run.batches.starting_at(0)))
+    run.log()
+    run.validate()
+    run.draw()
+    assert said == ["1 losses", "1 validations", "pictures"]
