@@ -388,15 +388,11 @@ def flatten(plain: dict) -> dict[str, object]:
     }
 
 
-# Settings of runs from before these could be chosen.
-FORMER = {"train.optimizer": "adamw", "model.largest_unit": 2.0}
-
-
 def from_dict(plain: dict) -> Config:
     """Inverse of to_dict; ConfigError for a missing section, unknown key or value of wrong type."""
     missing = {"mode", *SECTIONS} - plain.keys()
     require(not missing, f"{', '.join(sorted(missing))} missing")
-    return replace(apply_overrides(Config(), FORMER | flatten(plain)), mode=plain["mode"])
+    return replace(apply_overrides(Config(), flatten(plain)), mode=plain["mode"])
 
 
 def apply_overrides(config: Config, overrides: dict[str, object]) -> Config:

@@ -23,7 +23,7 @@ import torch
 from .memory import is_out_of_memory
 
 FORMAT = "conditional_diffusion"
-FORMAT_VERSION = 5  # what differs in 3 and 4, which are read as well: see upgraded
+FORMAT_VERSION = 5
 REQUIRED_KEYS = {"config", "class_names", "step", "images_seen", "model", "ema", "optimizers"}
 # What torch.load and zipfile raise for files that are cut short, altered or something else.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
@@ -187,7 +187,6 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} is a torch file, but not a checkpoint of this program; "
             "`make status` lists those that are"
         )
-    state = upgraded(state)
     if state.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {state.get('version')}, this program reads "
@@ -195,25 +194,6 @@ def load_checkpoint(path: Path) -> dict:
         )
     if missing := REQUIRED_KEYS - state.keys():
         raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
-    return state
-
-
-def upgraded(state: dict) -> dict:
-    """A state of format 3 or 4 in the present one; any other as it is.
-
-    Format 3 has the state of one optimizer. In both attention's projections are 1x1 convolutions;
-    the optimizers' numbers for them and Muon's momenta, which are matrices, lie in the same order
-    as now, so that the engine fits them to its weights.
-    """
-    if state.get("version") == 3 and "optimizer" in state:
-        state = {**state, "version": 4, "optimizers": [state["optimizer"]]}
-    if state.get("version") == 4:
-        state = {**state, "version": FORMAT_VERSION}
-        for name in {"model", "ema"} & state.keys():
-            state[name] = {
-                key: value.flatten(1) if ".attention." in key and value.ndim == 4 else value
-                for key, value in state[name].items()
-            }
     return state
 
 

@@ -511,11 +511,11 @@ class TrainingEngine:
             ]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
             # Both optimizers pair numbers by their place in memory, and the saved ones may lie in
-            # another layout than this process's weights, or be matrices, as Muon's once were.
+            # another layout than this process's weights.
             for parameter, moments in optimizer.state.items():
                 for name, value in moments.items():
-                    own = parameter if value.ndim and len(value) == len(parameter) else value
-                    moments[name] = torch.empty_like(own).copy_(value.view(own.shape))
+                    own = parameter if value.shape == parameter.shape else value
+                    moments[name] = torch.empty_like(own).copy_(value)
         self.step, self.images_seen = state["step"], state["images_seen"]
         self._skipped.fill_(state["skipped_steps"])
         self._skipped_in_a_row.fill_(state["skipped_in_a_row"])

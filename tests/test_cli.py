@@ -355,22 +355,6 @@ def test_resume_refuses_what_would_be_another_model(call, monkeypatch):
     assert_one_sentence(said, "train.optimizer muon (now adamw)")
 
 
-def test_a_run_from_before_there_was_a_choice_goes_on_as_it_was(call):
-    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 2]
-    former = ["--train.optimizer", "adamw", "--model.largest_unit", 2]
-    call(train_model, *arguments, "--train.max_hours", 1e-9, *former)
-    (path,) = Path("checkpoints").glob("checkpoint_*.pt")
-    state = torch.load(path, weights_only=True)
-    (state["optimizer"],) = state.pop("optimizers")
-    del state["config"]["train"]["optimizer"], state["config"]["model"]["largest_unit"]
-    torch.save({**state, "version": 3}, path)
-    status, said = call(train_model, "--full")
-    assert status == 0 and "continuing at step 1" in said, said
-    assert not any(name in said for name in ("optimizer", "largest_unit")), said
-    saved = torch.load(path.with_name("checkpoint_00000002.pt"), weights_only=True)["config"]
-    assert (saved["train"]["optimizer"], saved["model"]["largest_unit"]) == ("adamw", 2.0)
-
-
 def test_a_checkpoint_of_other_code_is_refused_with_its_name(call, monkeypatch):
     call(train_model, "--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1)
     path = Path("checkpoints/checkpoint_00000001.pt")

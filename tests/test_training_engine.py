@@ -519,22 +519,6 @@ def test_a_run_continues_in_another_memory_layout(schedule, awake_model, dtype, 
             assert_close(results[1][name], value, rtol=0, atol=1e-4, msg=name)
 
 
-def test_momenta_of_earlier_checkpoints_were_matrices(schedule, awake_model):
-    states = []
-    for as_matrices in (False, True):
-        engine = engine_for(awake_model(), schedule())
-        engine.train_step(*images(4))
-        saved = engine.state_dict()
-        if as_matrices:
-            for moments in saved["optimizers"][1]["state"].values():
-                moments["momentum"] = moments["momentum"].flatten(1)
-        continued = engine_for(awake_model(), schedule())
-        continued.load_state_dict(saved)
-        continued.train_step(*images(4))
-        states.append(continued.state_dict())
-    assert_identical(*states)
-
-
 def test_a_restart_does_not_renew_the_budget_of_skipped_steps(schedule, tiny_model):
     engine = engine_for(tiny_model(), schedule(), max_skipped_steps=2)
     x_start, labels = images(4)
