@@ -51,6 +51,7 @@ def test_quick_test_then_generate(call):
     for picture in ("training_curves.png", "samples/step_00000010_ema.png", originals):
         with Image.open(run / picture) as image:
             assert min(image.size) > 50
+    assert not (run / "best.pt").exists()  # of a full run alone
 
     status, said = call(generate_samples, "--samples", 2, "--classes", "cat,9", "--seed", 7)
     assert status == 0, said

@@ -16,6 +16,18 @@ def test_presets_survive_json(mode):
     assert settings.from_dict(json.loads(json.dumps(settings.to_dict(config)))) == config
 
 
+def test_defaults_are_those_that_the_users_asked_for():
+    asked = {
+        "data.image_size": 128, "diffusion.num_train_timesteps": 1000, "model.base_channels": 64,
+        "model.time_embed_dim": 128, "model.class_embed_dim": 128, "sample.sampler": "ddpm",
+        # and what the recipe rests on
+        "diffusion.reference_size": 32, "diffusion.prediction_type": "v_prediction",
+        "diffusion.min_snr_gamma": 5.0, "train.class_dropout_prob": 0.1,
+    }
+    defaults = settings.flatten(settings.to_dict(settings.full()))
+    assert asked == {name: defaults[name] for name in asked}
+
+
 def test_overrides_win_over_the_preset_and_leave_the_rest():
     config = settings.apply_overrides(settings.overfit(), {"train.epochs": "7"})
     assert config.train.epochs == 7

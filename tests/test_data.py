@@ -40,6 +40,9 @@ def own_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "SEARCH_PATH", (Path("data/cifar10-128x128"),))
 
 
+SEARCH_PATH = cifar10.SEARCH_PATH  # before any test replaces it
+
+
 def png(color, size=(8, 8), mode="RGB") -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, color).save(buffer, "PNG")
@@ -136,6 +139,17 @@ def test_without_a_split_one_in_ten_is_held_out(tmp_path):
     splits, _ = load(data_dir=str(source))
     assert (len(splits["train"]), len(splits["test"])) == (180, 20)
     assert torch.bincount(splits["test"].labels).tolist() == [2] * 10
+
+
+def test_search_begins_where_the_first_user_keeps_the_data_and_ends_with_the_archive(monkeypatch):
+    assert [str(place) for place in SEARCH_PATH] == [
+        "/home/azureuser/Diffusion/data/cifar10-128x128", "data/cifar10-128x128"]
+    monkeypatch.setattr(cifar10, "SEARCH_PATH", (Path("first"), Path("second")))
+    archive = Path("data", "cifar-10-python.tar.gz")
+    for place in (archive, Path("second"), Path("first")):
+        (place.parent if place is archive else place).mkdir(exist_ok=True)
+        (archive if place is archive else place / "cat.png").touch()
+        assert cifar10.find_source("") == place
 
 
 def test_search_path_is_used_and_data_dir_wins(tmp_path):
