@@ -34,10 +34,10 @@ class Recipe:
     widths: tuple[int, ...] = (32, 128, 128)
     epochs: int = 5
     batch_size: int = 500
-    learning_rate: float = 1.5  # of normalisations and head, by SGD; its momentum
+    learning_rate: float = 1.5  # this and the next two are of SGD, for normalisations and head
     momentum: float = 0.85
     weight_decay: float = 1e-3
-    matrix_learning_rate: float = 0.1  # of convolutions, by Muon; its momentum
+    matrix_learning_rate: float = 0.1  # this and the next two are of Muon, for convolutions
     matrix_momentum: float = 0.6
     matrix_weight_decay: float = 0.1
     label_smoothing: float = 0.1
@@ -146,14 +146,13 @@ def train_classifier(train: Split, recipe: Recipe, device) -> Classifier:
         images, labels = images.to(device), train.labels.to(device)
         batch_size = min(recipe.batch_size, len(images))
         steps = recipe.epochs * (len(images) // batch_size)
-        matrices = matrix_weights(model.blocks)
-        chosen = {id(weight) for weight in matrices}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        convolutions = matrix_weights(model.blocks)
+        rest = [p for p in model.parameters() if p.ndim <= 2 and p.requires_grad]
+        # With SGD for the convolutions too it would take twice the epochs.
         optimizers = [
             torch.optim.SGD(rest, recipe.learning_rate, recipe.momentum, nesterov=True,
                             weight_decay=recipe.weight_decay),
-            # Half the epochs that SGD takes for all.
-            Muon(matrices, recipe.matrix_learning_rate, recipe.matrix_weight_decay,
+            Muon(convolutions, recipe.matrix_learning_rate, recipe.matrix_weight_decay,
                  recipe.matrix_momentum),
         ]
         schedules = [

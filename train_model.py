@@ -266,10 +266,13 @@ def require_equal_devices(config: Config, device, processes: Processes) -> None:
         )
 
 
-def require_a_gpu_again(config: Config, device, folder: Path) -> None:
+def require_a_gpu_again(
+    config: Config, device, saved: dict | None, folder: Path, processes: Processes
+) -> None:
     """ConfigError where a run that a GPU began would go on on the CPU, without having been told."""
-    before = read_json(folder / "run.json").get("device")
-    if (config.train.device, device.type) == ("auto", "cpu") and str(before).startswith("cuda"):
+    before = processes.from_leader(lambda: str(read_json(folder / "run.json").get("device")))
+    untold = (config.train.device, device.type) == ("auto", "cpu")
+    if saved and untold and before.startswith("cuda"):
         raise ConfigError(
             f"the run in {folder} was trained on a GPU, and torch finds none now; `make "
             "gpu-status` tells why, --device cpu (make: DEVICE=cpu) continues on the CPU"
@@ -311,8 +314,7 @@ def main() -> int:
     config = resolve_config(args.mode, overrides, saved_config)
     device = choose_device(config, processes)
     require_equal_devices(config, device, processes)
-    if saved:
-        processes.from_leader(lambda: require_a_gpu_again(config, device, folder))
+    require_a_gpu_again(config, device, saved, folder, processes)
     may_fall_back = saved is None and "data.dataset" not in overrides
     config, splits = load_data(config, may_fall_back)
     run = Run(config, folder, splits, device, saved, processes)

@@ -80,8 +80,9 @@ class CosineNoiseScheduler(nn.Module):
         if image_size and reference_size and image_size != reference_size:
             abar = shift_log_snr(abar, 2 * math.log(reference_size / image_size))
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        # Sampling derives its coefficients from this one, where float32 would cost digits.
-        self.register_buffer("alphas_cumprod_float64", abar, persistent=False)
+        # Sampling derives its coefficients from this one, where float32 would cost digits. Not a
+        # buffer: it stays on the CPU, where they cost a GPU no kernels of their own.
+        self.alphas_cumprod_float64 = abar.cpu()
         tables = {
             "betas": 1 - abar / abar_prev,
             "alphas_cumprod": abar,

@@ -97,8 +97,6 @@ class Sampler:
         T, N = self.scheduler.num_train_timesteps, self.num_inference_steps
         if not 1 <= N <= T:
             raise ValueError(f"num_inference_steps must lie in 1..{T}, not {N}")
-        # On the CPU, where coefficients cost a GPU no kernels of their own.
-        self.alphas_cumprod = self.scheduler.alphas_cumprod_float64.cpu()
         self.timesteps = self.kept_timesteps()
 
     def kept_timesteps(self) -> list[int]:
@@ -124,8 +122,8 @@ class Sampler:
 
     def alpha_bar(self, timestep: int) -> Tensor:
         """The cumulative alpha in float64, 0-dimensional; 1 at timestep -1, the clean image."""
-        clean = self.alphas_cumprod.new_ones(())
-        return self.alphas_cumprod[timestep] if timestep >= 0 else clean
+        alphas_cumprod = self.scheduler.alphas_cumprod_float64
+        return alphas_cumprod[timestep] if timestep >= 0 else alphas_cumprod.new_ones(())
 
     def scale_at(self, timestep: int) -> float:
         """The guidance scale at a timestep: 1 outside the interval."""
@@ -233,7 +231,7 @@ class SecondOrder(Sampler):
     """
 
     def kept_timesteps(self):
-        return even_in_log_snr(self.alphas_cumprod, self.num_inference_steps)
+        return even_in_log_snr(self.scheduler.alphas_cumprod_float64, self.num_inference_steps)
 
     def half_log_snr(self, timestep: int) -> Tensor:
         """lambda = ln(alpha / sigma) of Lu et al. 2022, 0-dimensional, float64."""

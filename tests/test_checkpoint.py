@@ -293,7 +293,7 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path, contents):
 
 
 @pytest.mark.parametrize(
-    "version", [1, checkpoint.FORMAT_VERSION - 1, checkpoint.FORMAT_VERSION + 1, "5"]
+    "version", [0, 1, checkpoint.FORMAT_VERSION - 1, checkpoint.FORMAT_VERSION + 1, "5"]
 )
 def test_another_format_version_is_refused_by_number(tmp_path, version):
     path = tmp_path / "checkpoint_00000001.pt"

@@ -145,11 +145,11 @@ def test_search_begins_where_the_first_user_keeps_the_data_and_ends_with_the_arc
     assert [str(place) for place in SEARCH_PATH] == [
         "/home/azureuser/Diffusion/data/cifar10-128x128", "data/cifar10-128x128"]
     monkeypatch.setattr(cifar10, "SEARCH_PATH", (Path("first"), Path("second")))
-    archive = Path("data", "cifar-10-python.tar.gz")
-    for place in (archive, Path("second"), Path("first")):
-        (place.parent if place is archive else place).mkdir(exist_ok=True)
-        (archive if place is archive else place / "cat.png").touch()
-        assert cifar10.find_source("") == place
+    archive = "data/cifar-10-python.tar.gz"
+    for file, found in ((archive, archive), ("second/a.png", "second"), ("first/a.png", "first")):
+        Path(file).parent.mkdir()
+        Path(file).touch()
+        assert cifar10.find_source("") == Path(found)
 
 
 def test_search_path_is_used_and_data_dir_wins(tmp_path):
