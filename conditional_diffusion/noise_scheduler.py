@@ -81,8 +81,8 @@ class CosineNoiseScheduler(nn.Module):
             abar = shift_log_snr(abar, 2 * math.log(reference_size / image_size))
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         # Sampling derives its coefficients from this one, where float32 would cost digits. Not a
-        # buffer: it stays on the CPU, where they cost a GPU no kernels of their own.
-        self.alphas_cumprod_float64 = abar.cpu()
+        # buffer: it stays where it is made, on a CPU, where a GPU pays no kernels for them.
+        self.alphas_cumprod_float64 = abar
         tables = {
             "betas": 1 - abar / abar_prev,
             "alphas_cumprod": abar,

@@ -36,7 +36,7 @@ def even_in_log_snr(alphas_cumprod: Tensor, num_inference_steps: int) -> list[in
     alphas_cumprod is that of the schedule, (T,), float64. One step keeps the first alone.
     """
     T, N = len(alphas_cumprod), num_inference_steps
-    log_snr = torch.logit(alphas_cumprod)
+    log_snr = torch.logit(alphas_cumprod.cpu())
     first = max(round(FIRST_TIMESTEP * T), N) - 1
     wanted = torch.lerp(log_snr[first], log_snr[0], torch.linspace(0, 1, N, dtype=torch.float64))
     nearest = (log_snr - wanted[:, None]).abs().argmin(dim=1)
