@@ -47,7 +47,7 @@ else  # or empty
   TEST_FLAGS := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 endif
 # The interpreter that creates .venv and runs what needs no packages.
-BASE_PYTHON ?= $(if $(and $(wildcard .venv/.installed),$(wildcard .venv/bin/python)),.venv/bin/python,python3)
+BASE_PYTHON ?= $(or $(shell test -e .venv/.installed -a -x .venv/bin/python && echo .venv/bin/python),python3)
 
 # Some clusters set it for purposes of their own.
 ifneq ($(origin NODE_RANK),command line)
@@ -69,6 +69,13 @@ CLEAN_FLAGS = $(call switch,CONFIRM,--yes)
 REQUIRE_BASE = '$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
   echo "error: $(BASE_PYTHON) is missing or older than 3.11; name another:" \
     "$(if $(filter $(BASE_PYTHON),$(PYTHON)),PYTHON,BASE_PYTHON)=python3.12" >&2; exit 1; }
+
+PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check -r
+# One make installs at a time; what another has installed meanwhile is not installed again.
+LOCKED = '$(BASE_PYTHON)' -c 'import fcntl, sys; fcntl.flock(9, int(sys.argv[1]))'
+ALONE = exec 9>> requirements.txt; $(LOCKED) 6 2> /dev/null || { \
+  echo "waiting for another make, which is installing"; $(LOCKED) 2; }
+INSTALLED = test -e $@ -a -z "$$(find $^ -newer $@)"
 
 .PHONY: help install demo data train overfit test quick-test report generate evaluate status monitor \
   doctor gpu-status bench check clean clean-all clean-cuda check-python
@@ -150,24 +157,24 @@ clean-cuda:  ## Show who holds GPU memory; after asking end our own leftovers, c
 
 .venv/bin/python:
 	@$(REQUIRE_BASE)
-	@echo "creating .venv with $(BASE_PYTHON)"
-	@'$(BASE_PYTHON)' -m venv .venv || { rm -rf .venv; \
+	@$(ALONE); test -x $@ && exit; \
+	  test ! -L $@ || { echo "error: $@ links to a Python that is gone; rm -rf .venv, and the" \
+	    "next make sets it up anew" >&2; exit 1; }; \
+	  echo "creating .venv with $(BASE_PYTHON)"; '$(BASE_PYTHON)' -m venv .venv || { rm -rf .venv; \
 	  echo "error: cannot create .venv (reason above); on Debian or Ubuntu it needs: apt install python3-venv" >&2; exit 1; }
 
 .venv/.installed: requirements.txt | .venv/bin/python
-	@echo "installing requirements.txt into .venv (PyTorch is large: minutes)"
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt || { \
+	@$(ALONE); $(INSTALLED) && exit; \
+	  echo "installing $< into .venv (PyTorch is large: minutes)"; $(PIP_INSTALL) $< && touch $@ || { \
 	  echo "error: the installation failed; try again after rm -rf .venv, or use packages of your own: PYTHON=python3" >&2; exit 1; }
-	@touch $@
 
 # Without the network the scores that need no more than the run-time packages remain.
 .venv/.installed-eval: requirements-eval.txt .venv/.installed
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-eval.txt \
-	  && touch $@ || echo "requirements-eval.txt could not be installed: no FID this time" >&2
+	@$(ALONE); $(INSTALLED) && exit; $(PIP_INSTALL) $< && touch $@ \
+	  || echo "$< could not be installed: no FID this time" >&2
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
+	@$(ALONE); $(INSTALLED) && exit; $(PIP_INSTALL) $< && touch $@
 
 check-python:
 	@command -v '$(PYTHON)' > /dev/null || { echo "error: PYTHON=$(PYTHON) is no program here; name \

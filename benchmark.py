@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_whole
+
 import torch
 from PIL import Image
 from torch import nn
@@ -45,7 +47,6 @@ from build import (
     switched_on,
     training_dtype,
 )
-from command_line import Parser, add_config_flags, config_overrides, exit_with, parse_whole
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine, training_engine
 from conditional_diffusion.processes import average_gradients
 from conditional_diffusion.sampler import autocast

@@ -17,18 +17,20 @@ import shutil
 import socket
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from config import CLASS_NAMES, DataConfig
+from config import CIFAR10_CLASSES, CLASS_NAMES, DataConfig
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = ("train", "test")
@@ -42,7 +44,6 @@ TURNS = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }
-CIFAR_CLASSES = 10
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 SPLIT_OF = {"train": "train"} | dict.fromkeys(("test", "val", "valid", "validation"), "test")
 REPOSITORY_DATA = Path("data")
@@ -62,10 +63,15 @@ THREE_WAYS = (
 )
 
 
+def folded(name: str) -> str:
+    """As names are compared: in lower case, accents composed, which macOS takes apart."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
 def folder_labels(class_names: tuple[str, ...]) -> dict[str, int]:
-    """The class of a folder by its name in lower case."""
+    """The class of a folder by its folded name."""
     names = {f"class{label}": label for label in range(len(class_names))}
-    return names | {name.lower(): label for label, name in enumerate(class_names)}
+    return names | {folded(name): label for label, name in enumerate(class_names)}
 
 
 LABELS = folder_labels(CLASS_NAMES)
@@ -124,17 +130,27 @@ def holds_something(path: Path) -> bool:
 def published_archive(path: Path) -> Path | None:
     """CIFAR-10 as its authors publish it, packed or not, at path or directly inside it, or None.
 
-    Raises DataError where the classes are not meant to be as many as it holds.
+    Raises DataError where the classes are meant to be others.
     """
     places = (path, path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py")
     archive = next((place for place in places if (place / "data_batch_1").exists()
                     or place.exists() and place.name.endswith((".tar.gz", ".tgz"))), None)
-    if archive and len(CLASS_NAMES) != CIFAR_CLASSES:
-        raise DataError(
-            f"{archive} holds the {CIFAR_CLASSES} classes of CIFAR-10, but CLASS_NAMES in "
-            f"config.py lists {len(CLASS_NAMES)}; point DATA_DIR to pictures of those"
-        )
+    if archive:
+        refuse_other_classes(f"{archive} holds")
     return archive
+
+
+def refuse_other_classes(what_shows: str) -> None:
+    """DataError where CLASS_NAMES are not those of CIFAR-10 in the order of its labels.
+
+    what_shows: begins the sentence, "cifar-10-python.tar.gz holds".
+    """
+    if [name.lower() for name in CLASS_NAMES] != list(CIFAR10_CLASSES):
+        raise DataError(
+            f"{what_shows} the classes {', '.join(CIFAR10_CLASSES)}, in this order, but "
+            f"CLASS_NAMES in config.py lists {', '.join(CLASS_NAMES)}; point DATA_DIR to pictures "
+            "of those"
+        )
 
 
 def download(root: Path) -> Path:
@@ -150,7 +166,7 @@ def download(root: Path) -> Path:
         with noticing_silence():
             download_url(CIFAR10.url, unfinished, CIFAR10.filename, CIFAR10.tgz_md5)
         os.replace(unfinished / CIFAR10.filename, root / CIFAR10.filename)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         raise DataError(f"{THREE_WAYS} (The download failed: {error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -174,20 +190,11 @@ def list_pictures(source: Path) -> list[Picture]:
     if source.is_file():
         pictures.extend(list_zip(source))
     else:
-        visited = set()  # real folders: links are followed, but nothing is seen twice
-        for folder, subfolders, names in os.walk(source, followlinks=True, onerror=refuse_folder):
-            # Links last, because what they point to may have a name that says more.
-            subfolders.sort(key=lambda name: (Path(folder, name).is_symlink(), name))
-            if (real := os.path.realpath(folder)) in visited:
-                subfolders.clear()
-                continue
-            visited.add(real)
-            for name in names:
-                path = Path(folder, name)
-                place = locate(path.relative_to(source))
-                if place is not None:
-                    pictures.append(picture_file(path, place))
-        for container in source.glob("*.zip"):
+        for path in files_below(source):
+            place = locate(path.relative_to(source))
+            if place is not None:
+                pictures.append(picture_file(path, place))
+        for container in (path for path in source.iterdir() if path.suffix.lower() == ".zip"):
             # Of a zip that was unpacked beside itself the files count.
             for picture in list_zip(container):
                 member = picture.name.removeprefix(f"{container}:")
@@ -195,6 +202,19 @@ def list_pictures(source: Path) -> list[Picture]:
                 if not any(place.is_file() for place in places):
                     pictures.append(picture)
     return sorted(pictures, key=lambda picture: (picture.split, picture.label, picture.name))
+
+
+def files_below(source: Path) -> Iterator[Path]:
+    """Every file in a folder and its folders: links are followed, but nothing is seen twice."""
+    visited = set()  # real folders
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=refuse_folder):
+        # Links last, because what they point to may have a name that says more.
+        subfolders.sort(key=lambda name: (Path(folder, name).is_symlink(), name))
+        if (real := os.path.realpath(folder)) in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        yield from (Path(folder, name) for name in names)
 
 
 def refuse_folder(error: OSError) -> None:
@@ -238,7 +258,7 @@ def locate(path: Path) -> tuple[str, int] | None:
         return None
     if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
         return None
-    folders = [part.lower() for part in path.parts[:-1]]
+    folders = [folded(part) for part in path.parts[:-1]]
     named = [place for place, folder in enumerate(folders) if folder in LABELS]
     if not named or "evaluation" in folders[named[-1] + 1 :]:
         return None
@@ -292,7 +312,7 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         if (folder / "info.json").exists():
             return folder
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)  # `make clean-all` may have come between
         try:
             skipped = 0
             if archive:
@@ -320,7 +340,7 @@ def examine(source: Path, data: DataConfig) -> tuple[Path | None, list[Picture],
 def only_one(say: Callable[[str], None]) -> Iterator[None]:
     """Inside, this is the only process of the repository that fetches or prepares pictures."""
     PREPARED.mkdir(parents=True, exist_ok=True)
-    with open(PREPARED / ".lock", "a") as lock:
+    with open(PREPARED / "run.lock", "a") as lock:  # a name that `make clean-all` knows
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -382,10 +402,17 @@ def read_member(archive: Path, name: str) -> bytes:
 def write_arrays(splits: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
     for split, (images, labels) in splits.items():
         for name, array in (("images", images), ("labels", labels)):
-            with open(folder / f"{split}_{name}.npy", "wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())  # before the folder gets the name of a complete one
+            path = folder / f"{split}_{name}.npy"
+            try:
+                with open(path, "wb") as file:
+                    np.save(file, array)
+                    file.flush()
+                    os.fsync(file.fileno())  # before the folder gets the name of a complete one
+            except OSError as error:
+                raise DataError(
+                    f"{path} of {array.nbytes / 2**20:.0f} MiB cannot be written "
+                    f"({error.strerror or error}); free some space on that disk"
+                ) from error
 
 
 def write_pictures(

@@ -204,16 +204,23 @@ def digest(*parts) -> str:
 
 
 def cached(path: Path, make: Callable[[], dict]) -> dict:
-    """What make returns, of tensors and numbers: from the file at path, which is written first."""
+    """What make returns, of tensors and numbers: from the file at path, written where it is not.
+
+    A file that cannot be written, as on a full disk, is made again by the next call.
+    """
     if path.exists():
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except DAMAGED as error:  # making it anew mends it
             say(f"{path} cannot be read ({type(error).__name__}); making it again")
     content = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        torch.save(content, unfinished)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as unfinished:
+            torch.save(content, unfinished)
+    except (OSError, RuntimeError) as error:  # the second is torch's for a full disk
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        say(f"{path} cannot be written ({reason}); the next call makes it again")
     return content
 
 

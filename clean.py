@@ -12,13 +12,14 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 from command_line import Parser, exit_with
+
 from gpu_status import format_processes, query_processes
 from run_status import is_alive
-from training_monitor import RUN_DIRECTORIES, RunInUse, read_json, refuse_second_run
+from training_monitor import LOCK, RUN_DIRECTORIES, RunInUse, claim, read_json
 
 RUNS = ("checkpoints*", "generated_images")
 OURS = re.compile(r"checkpoints(_overfit|_demo)?(_\d+)?")  # as runs and those moved aside are named
@@ -134,14 +135,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.what == "cuda":
         return clean_cuda(ask=not args.yes)
-    for folder in RUN_DIRECTORIES.values():
-        refuse_second_run(folder)
     patterns = RUNS + (CACHES if args.what == "all" else ())
     paths = existing(patterns)
+    written = {lock.parent for path in paths for lock in path.rglob(LOCK)}
     full_run = any(path.name.startswith("checkpoints") and any(path.rglob("*.pt"))
                    and not path.name.startswith(("checkpoints_overfit", "checkpoints_demo"))
                    for path in paths)
-    return remove(paths, "results with checkpoints of a full run", ask=full_run and not args.yes)
+    with ExitStack() as locks:  # held to the end, or a run might begin while we ask
+        for folder in sorted({*RUN_DIRECTORIES.values(), *written}):
+            locks.enter_context(claim(folder) or nullcontext())
+        return remove(paths, "results with checkpoints of a full run",
+                      ask=full_run and not args.yes)
 
 
 if __name__ == "__main__":

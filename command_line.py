@@ -28,6 +28,8 @@ SAMPLING_FLAGS = {
 }
 
 MOST = 1_000_000  # pictures, rounds and the like
+OLDEST_PYTHON = (3, 11)
+PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL")  # as imported
 
 # Environment variables that launch.py sets for the processes it starts.
 LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave for it what follows
@@ -91,7 +93,7 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
                         help="checkpoint file or run directory (default: the newest usable one)")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of their EMA")
-    parser.add_argument("--seed", metavar="N", default="0",
+    parser.add_argument("--seed", metavar="N",
                         help="the first seed; further pictures take the next ones (0)")
     parser.add_argument("--device", dest="train.device", metavar="DEVICE", default="auto",
                         help="auto, cpu, cuda, ...")
@@ -140,9 +142,10 @@ def parse_whole(name: str, text: str, least: int = 1, most: int = MOST) -> int:
     return int(text)
 
 
-def parse_seed(text: str, count: int) -> int:
-    """The first of count seeds that follow each other."""
-    return parse_whole("--seed", text.strip(), 0, settings.LARGEST_SEED - count + 1)
+def parse_seed(text: str | None, count: int) -> int:
+    """The first of count seeds that follow each other; 0 where none is given."""
+    text = "0" if text is None else text.strip()
+    return parse_whole("--seed", text, 0, settings.LARGEST_SEED - count + 1)
 
 
 def join_processes():
@@ -162,6 +165,9 @@ def join_processes():
 
 def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception], ...]) -> None:
     """Call main and exit; a user's mistake becomes one sentence on stderr and status 1."""
+    if sys.version_info < OLDEST_PYTHON:
+        sys.exit(complain(f"{sys.executable} is Python {sys.version.split()[0]}; 3.11 or later is "
+                          "needed (make: BASE_PYTHON=python3.12)"))
     if sys.stdout is None:  # closed by who started us
         sys.stdout = open(os.devnull, "w")
     elif isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any encoding
@@ -228,6 +234,19 @@ def mistake(sentence: object, status: int = 1) -> int:
         return complain(sentence, status)
     Path(launched, MISTAKE).write_text(str(sentence))
     return status
+
+
+def explain_missing_package(kind: type, error: BaseException, trace) -> None:
+    """What Python does with an error that nothing caught: one of our packages lacking is a mistake.
+    """
+    if issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
+        complain(f"{sys.executable} has no package {error.name}; `make install` sets up "
+                 ".venv/bin/python, `pip install -r requirements.txt` another Python")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = explain_missing_package  # the scripts import this module before any package
 
 
 def complain(sentence: object, status: int = 1) -> int:

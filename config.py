@@ -11,9 +11,10 @@ import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 
-CLASS_NAMES = (
+CIFAR10_CLASSES = (  # in the order of its labels
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )
+CLASS_NAMES = CIFAR10_CLASSES  # or the names of your own pictures' folders, ("oak", "elm", ...)
 
 
 LARGEST_SEED = 2**63 - 1

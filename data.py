@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar10 import SPLITS, DataError, Progress, prepare
-from config import CLASS_NAMES, DataConfig
-from pictograms import PICTOGRAMS, pictogram_dataset
+from cifar10 import SPLITS, DataError, Progress, prepare, refuse_other_classes
+from config import DataConfig
+from pictograms import pictogram_dataset
 
 PICTOGRAMS_PER_CLASS = 500
 
@@ -69,11 +69,7 @@ def load_splits(
 
 def draw_pictograms(data: DataConfig, seed: int) -> dict[str, Split]:
     """The built-in set; the held-out pictures come from another seed."""
-    if len(CLASS_NAMES) != len(PICTOGRAMS):
-        raise DataError(
-            f"the built-in pictograms show {len(PICTOGRAMS)} classes, but CLASS_NAMES in config.py "
-            f"lists {len(CLASS_NAMES)}; point DATA_DIR to pictures of those"
-        )
+    refuse_other_classes("the built-in pictograms show")
     per_class = data.samples_per_class or PICTOGRAMS_PER_CLASS
     splits = {}
     for split, count, offset in (("train", per_class, 0), ("test", max(per_class // 10, 2), 1)):

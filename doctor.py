@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-import config as settings
 from command_line import Parser, add_config_flags, config_overrides, exit_with
+
+import config as settings
 from config import Config, ConfigError
 from gpu_status import diagnose, first_line, gather_facts
+from training_monitor import RUN_DIRECTORIES
 
 # And what to import of each; first those that others import.
 PACKAGES = {"numpy": "numpy", "pillow": "PIL.Image", "torch": "torch", "torchvision": "torchvision",
             "matplotlib": "matplotlib", "tqdm": "tqdm"}
 OLDEST_TORCH = (2, 11)
-OLDEST_PYTHON = (3, 11)
 TRIAL_IMAGES = 2
 DATA_BYTES = 4 * 2**30  # for archive, arrays (2.8 GiB of 128x128 pictures) and caches
 PROCESS_BYTES = 4 * 2**30  # of main memory, for torch, the pictures and a batch on a CPU
@@ -43,8 +44,6 @@ class Finding:
 
 def check_packages() -> Finding:
     python = sys.version.split()[0]
-    if sys.version_info < OLDEST_PYTHON:
-        return Finding(False, f"Python {python}", "3.11 or later is needed: BASE_PYTHON=python3.12")
     versions = {}
     for name, module in PACKAGES.items():
         try:
@@ -74,10 +73,22 @@ def check_gpu(config: Config) -> Finding:
     return Finding(well, text.strip().removesuffix("."), cure)
 
 
-def check_disk(needed: int) -> Finding:
-    free = shutil.disk_usage(".").free
-    text = f"{free / 2**30:.1f} GiB free, a full run takes about {needed / 2**30:.1f} GiB"
-    return Finding(free > needed, text, "" if free > needed else "free some space on this disk")
+def check_disk(needed: dict[str, int]) -> Finding:
+    """needed: bytes that a full run takes below each folder, which may be a link."""
+    by_disk: dict[int, list[tuple[Path, str]]] = {}
+    for folder in needed:
+        real = Path(folder).resolve()
+        place = next(path for path in (real, *real.parents) if path.exists())
+        by_disk.setdefault(place.stat().st_dev, []).append((place, folder))
+    found = [
+        (shutil.disk_usage(places[0][0]).free, sum(needed[folder] for _, folder in places),
+         " and ".join(f"{folder}/" for _, folder in places))
+        for places in by_disk.values()
+    ]
+    text = "; ".join(f"{free / 2**30:.1f} GiB free for {folders}, where a full run takes about "
+                     f"{size / 2**30:.1f} GiB more" for free, size, folders in found)
+    full = [folders for free, size, folders in found if free <= size]
+    return Finding(not full, text, f"free some space for {', '.join(full)}" if full else "")
 
 
 def check_memory() -> Finding:
@@ -176,16 +187,19 @@ def check_step(config: Config) -> Finding:
     return Finding(True, text)
 
 
-def space_needed(config: Config) -> int:
+def space_needed(config: Config) -> dict[str, int]:
     """Bytes of a full run: the newest checkpoints, best.pt, one being written; data and caches."""
     import torch
 
     from build import build_model
+    from cifar10 import PREPARED, REPOSITORY_DATA
     from conditional_diffusion.checkpoint import expected_bytes
 
     with torch.device("meta"):
         model, _ = build_model(config, "meta")
-    return (config.train.keep_checkpoints + 2) * expected_bytes(model) + DATA_BYTES
+    prepared = config.data.dataset == "pictograms" or any(PREPARED.glob("*/info.json"))
+    return {str(RUN_DIRECTORIES["full"]): (config.train.keep_checkpoints + 2)
+            * expected_bytes(model), str(REPOSITORY_DATA): 0 if prepared else DATA_BYTES}
 
 
 def show(what: str, finding: Finding) -> None:

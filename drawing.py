@@ -84,6 +84,9 @@ class Drawing:
             overrides = {"sample.sampler": config.sample.grid_sampler,
                          "sample.num_inference_steps": config.sample.grid_steps, **overrides}
         config = settings.apply_overrides(config, {"train.device": "auto", **overrides})
+        if "sample.eta" in overrides and config.sample.sampler != "ddim":
+            raise ConfigError(f"--sample.eta means nothing to {config.sample.sampler}; it needs "
+                              "--sampler ddim")
         self.device, self.raw = choose_device(config, processes), raw
         self.step, self.images_seen = state["step"], state["images_seen"]
         self.hash, self.class_names = state["hash"], tuple(state["class_names"])

@@ -11,15 +11,25 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import command_line as cli
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-import command_line as cli
 import config as settings
 from build import choose_device
-from cifar10 import IMAGE_SUFFIXES, UNREADABLE, DataError, locate, to_rgb, turned
+from cifar10 import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    DataError,
+    files_below,
+    folded,
+    locate,
+    to_rgb,
+    turned,
+)
 from conditional_diffusion.checkpoint import CheckpointError, require_classes
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
@@ -65,7 +75,7 @@ def read_folder(folder: Path) -> Pictures:
     """
     if not folder.is_dir():
         raise DataError(f"--pictures {folder} is no folder; name one that holds pictures")
-    found = [(path, class_of(path.relative_to(folder))) for path in sorted(folder.rglob("*"))
+    found = [(path, class_of(path.relative_to(folder))) for path in sorted(files_below(folder))
              if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
              and (path.parent == folder or locate(path.relative_to(folder)))]
     labelled = [(path, label) for path, label in found if label is not None]
@@ -90,8 +100,9 @@ def read_folder(folder: Path) -> Pictures:
 
 def class_of(path: Path) -> int | None:
     """The class in a picture's name, cat_0000.png, or else in that of a folder above it."""
-    name = path.name.lower()
-    own = [label for label, known in enumerate(CLASS_NAMES) if name.startswith(f"{known.lower()}_")]
+    name = folded(path.name)
+    own = [label for label, known in enumerate(CLASS_NAMES)
+           if name.startswith(f"{folded(known)}_")]
     if own:  # the longest, as a name may begin with another one
         return max(own, key=lambda label: len(CLASS_NAMES[label]))
     place = locate(path)
@@ -206,9 +217,9 @@ class Scorer:
         record = {**facts, "reference": self.evaluator.facts, **scores.report}
         record["inception"] = self.inception(pictures)
         self.records.append(record)
-        append_record(self.output / "scores.jsonl", record)
-        for line in report_lines(record):
+        for line in report_lines(record):  # first, for a disk may be full
             say(line)
+        append_record(self.output / "scores.jsonl", record)
         if scores.confusion is not None:
             draw_confusion(scores.confusion, self.output / f"confusion{suffix}.png")
         self.evaluator.draw_pairs(pictures, scores, self.output / f"nearest{suffix}.png")
@@ -217,8 +228,9 @@ class Scorer:
 def score_folder(args, overrides: dict) -> Path:
     folder = Path(os.path.expanduser(args.pictures))
     of_drawing = {"CHECKPOINT": args.checkpoint, "--samples": args.samples, "--sweep": args.sweep,
-                  "--raw": args.raw, **{f"--{name}": value for name, value in overrides.items()
-                                        if name.startswith("sample.")}}
+                  "--seed": args.seed, "--raw": args.raw,
+                  **{f"--{name}": value for name, value in overrides.items()
+                     if name.startswith("sample.")}}
     if given := [name for name, value in of_drawing.items() if value]:
         raise ConfigError(f"{', '.join(given)} would draw pictures, for which there is no need "
                           "with --pictures; leave it out")
@@ -266,6 +278,9 @@ def score_checkpoint(args, overrides: dict) -> Path:
 
 def main() -> int:
     args = parse_arguments()
+    if args.inception_weights and not Path(args.inception_weights).expanduser().is_file():
+        raise ConfigError(f"--inception-weights {args.inception_weights} is no file; leave it out "
+                          "to use torch-fidelity's own")
     score = score_folder if args.pictures else score_checkpoint
     output = score(args, cli.config_overrides(args))
     say(f"scores, confusion matrix and nearest training images: {output}/")

@@ -19,7 +19,7 @@ from scores import (
     near_copies,
     nearest,
 )
-from training_monitor import labelled_grid, save_image
+from training_monitor import labelled_grid, replacing, save_image
 
 COLOUR_IMAGES = 5000  # of the training set, for its colours
 PAIRS = 10  # closest pairs drawn
@@ -159,7 +159,8 @@ def draw_confusion(confusion: Tensor, path: Path) -> None:
             if value >= 0.5:
                 color = "white" if value > 50 else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
-    figure.savefig(path, dpi=90)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=90)
 
 
 def draw_sweep(records: Sequence[dict], path: Path) -> None:
@@ -189,4 +190,5 @@ def draw_sweep(records: Sequence[dict], path: Path) -> None:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=90)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=90)

@@ -8,8 +8,11 @@ memory.
 """
 
 import json
+from contextlib import nullcontext
 from itertools import count, product
 from pathlib import Path
+
+import command_line as cli
 
 import numpy as np
 import torch
@@ -17,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import command_line as cli
 from conditional_diffusion.checkpoint import CheckpointError
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
@@ -25,6 +27,8 @@ from config import ConfigError
 from data import to_arrays
 from drawing import Drawing, usable_folder
 from training_monitor import (
+    RunInUse,
+    acquire_lock,
     evenly,
     labelled_grid,
     save_animation,
@@ -33,7 +37,7 @@ from training_monitor import (
     write_json,
 )
 
-USER_ERRORS = (ConfigError, CheckpointError, OutOfMemory)
+USER_ERRORS = (ConfigError, CheckpointError, OutOfMemory, RunInUse)
 MOST_SAMPLES = 10_000  # pictures per class and call
 GRID_ROWS = 50  # at most; a longer grid shows nothing more
 FRAMES, COLUMNS = 30, 8  # of the trajectory's animation and of its film strip
@@ -184,19 +188,21 @@ def main() -> int:
     if args.classes is not None:
         classes = cli.parse_classes(args.classes, class_names)
     output = usable_folder(args.output)
-    processes.from_leader(lambda: set_aside(output, class_names))
     names = [class_names[index] for index in classes]
-    say(f"drawing {len(seeds) * len(names)} pictures from {drawing}")
-    album = Album(
-        output, names, seeds, drawing.sampler.timesteps, drawing.facts(), processes,
-        single=not args.grid_only, trajectory=args.trajectory,
-    )
-    if album.seeds:  # there may be fewer than processes
-        labels = torch.tensor(classes).repeat(len(album.seeds))
-        seeds = [seed for seed in album.seeds for _ in names]
-        for pictures in drawing.draw_parts(labels, seeds, album.on_step):
-            album.add(to_arrays(pictures))
-    album.finish()
+    # Another call would mix its pictures with ours.
+    with acquire_lock(output) if processes.leads else nullcontext():
+        processes.from_leader(lambda: set_aside(output, class_names))
+        say(f"drawing {len(seeds) * len(names)} pictures from {drawing}")
+        album = Album(
+            output, names, seeds, drawing.sampler.timesteps, drawing.facts(), processes,
+            single=not args.grid_only, trajectory=args.trajectory,
+        )
+        if album.seeds:  # there may be fewer than processes
+            labels = torch.tensor(classes).repeat(len(album.seeds))
+            seeds = [seed for seed in album.seeds for _ in names]
+            for pictures in drawing.draw_parts(labels, seeds, album.on_step):
+                album.add(to_arrays(pictures))
+        album.finish()
     animation = f"; animation: {output / 'trajectory.gif'}" if args.trajectory else ""
     say(f"grid: {output / 'grid.png'}; facts: {output / 'samples.json'}{animation}")
     return 0

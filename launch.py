@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import command_line as cli
+
 from config import ConfigError
 
 USER_ERRORS = (ConfigError,)
@@ -142,6 +143,10 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
             min_nodes=nodes, max_nodes=nodes, nproc_per_node=gpus, run_id=uuid.uuid4().hex
             if nodes == 1 else "training", max_restarts=restarts,
             logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=silent), **rendezvous,
+            signals_to_handle=",".join(
+                name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+                if (name, signal.getsignal(signal.SIGHUP)) != ("SIGHUP", signal.SIG_IGN)  # nohup
+            ),
         ), sys.executable)
         try:
             processes(*script)

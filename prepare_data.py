@@ -1,8 +1,9 @@
 """Find or download CIFAR-10, check it and prepare it for training (`make data`)."""
 
+from command_line import Parser, add_config_flags, config_overrides, exit_with
+
 import config as settings
 from cifar10 import DataError, prepare
-from command_line import Parser, add_config_flags, config_overrides, exit_with
 from config import ConfigError
 from training_monitor import progress, say
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import config as settings
 from command_line import Parser, exit_with
+
+import config as settings
 from health import lowest, quarter_words, verdict
 from run_status import energy_text, read_facts
 from training_monitor import (
@@ -61,7 +62,7 @@ def is_picture(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.verify()  # without decoding it
-    except (OSError, SyntaxError, ValueError):  # what PIL raises
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises
         return False
     return True
 
@@ -191,7 +192,8 @@ def scores_section(folder: Path) -> str:
         rows.append((
             record.get("step", ""), ", ".join(sampler), guidance, n,
             "" if agreement is None else f"{agreement:.1%}",
-            "" if distance is None else f"{distance:.4g} ({fewer}held-out {floor:.4g})",
+            "" if distance is None else f"{distance:.4g}"
+            + ("" if floor is None else f" ({fewer}held-out {floor:.4g})"),
             "" if fid is None else f"{fid:.4g}",
         ))
     return table(rows)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import Parser, exit_with
+
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
 from health import lowest, quarter_words, verdict
 from training_monitor import (
+    LOCK,
     RUN_DIRECTORIES,
     by_kind,
     duration,
@@ -56,7 +58,7 @@ class RunState:
 
 def is_alive(folder: Path) -> bool:
     """Whether a process holds the run's lock."""
-    with contextlib.suppress(FileNotFoundError), open(folder / "run.lock") as lock:
+    with contextlib.suppress(FileNotFoundError), open(folder / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

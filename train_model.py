@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import command_line as cli
+
 import config as settings
 from build import choose_device, config_of, machine_name, precision_name, training_dtype
 from cifar10 import DataError
@@ -38,13 +39,14 @@ from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import load_splits
 from report import write_report
 from training_monitor import (
+    LOCK,
     RUN_DIRECTORIES,
     RunInUse,
     TrainingMonitor,
-    acquire_lock,
+    claim,
     progress,
     read_json,
-    refuse_second_run,
+    read_records,
     say,
     sweep,
 )
@@ -54,7 +56,7 @@ FIXED = ("model.", "diffusion.", "data.", "train.seed", "train.batch_size",
          "train.optimizer")  # for a whole run
 MOST_TIMES = 4  # the epochs of overfitting one image, beyond which they are for the user to ask for
 TIME_LIMIT_STATUS = 75  # "try again later" of sysexits.h, for schedulers that requeue
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last of a closed terminal
 # make, launchers and schedulers hand on a signal that the process may have got by itself already.
 SAME_REQUEST_SECONDS = 2
 USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory, RunInUse, TrainingDiverged)
@@ -172,11 +174,12 @@ def newest_checkpoint(mode: str, folder: Path) -> dict | None:
 def clear_away(mode: str, folder: Path) -> None:
     """Make room for a new run: a demo or quick-test is replaced, any other run moved aside.
 
-    The lock stays, as does a run of another mode below the folder.
+    The lock stays, as does a run of another mode below the folder. What is left of a run whose
+    checkpoints were removed is moved too: its scores and grids are not the new run's.
     """
-    if not list_checkpoints(folder):
+    if not (list_checkpoints(folder) or read_records(folder / "metrics.jsonl")):
         return
-    stays = {"run.lock", *(path.name for path in RUN_DIRECTORIES.values() if path != folder)}
+    stays = {LOCK, *(path.name for path in RUN_DIRECTORIES.values() if path != folder)}
     entries = [entry for entry in folder.iterdir() if entry.name not in stays]
     if mode in ("quick-test", "demo"):
         for entry in entries:
@@ -201,7 +204,7 @@ def has_cleared_away() -> bool:
 
 @contextmanager
 def stopping_on_signals(run: Run):
-    """The first SIGINT or SIGTERM ends the run after its current step; a later one at once."""
+    """The first of STOP_SIGNALS ends the run after its current step; a later one at once."""
     asked_at = -math.inf
 
     def request_stop(number, frame):
@@ -213,7 +216,8 @@ def stopping_on_signals(run: Run):
         asked_at, run.stop_signal = time.monotonic(), number
         say("stopping after this step; the run will be saved (once more: stop at once)")
 
-    earlier = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+    earlier = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS
+               if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)}  # nohup
     try:
         yield
     finally:
@@ -231,9 +235,8 @@ def say_complete(run: Run) -> None:
     say(f"the run in {run.folder} is complete ({run.engine.step} steps); EPOCHS= makes it longer, "
         "FRESH=1 starts anew, `make generate` draws from it")
     if run.processes.leads:
-        with acquire_lock(run.folder):
-            sweep(run.folder)
-            say(f"report: {write_report(run.folder)}")
+        sweep(run.folder)
+        say(f"report: {write_report(run.folder)}")
 
 
 def describe(run: Run, device) -> str:
@@ -303,10 +306,11 @@ def main() -> int:
         return 0
 
     folder, processes = RUN_DIRECTORIES[args.mode], cli.join_processes()
-    fresh = args.fresh and not has_cleared_away()
+    fresh, lock = args.fresh and not has_cleared_away(), None
 
     def run_to_continue() -> dict | None:
-        refuse_second_run(folder)
+        nonlocal lock
+        lock = claim(folder)  # from here on: `make clean` must not take what is being read
         return None if fresh else newest_checkpoint(args.mode, folder)
 
     saved = processes.from_leader(run_to_continue)
@@ -330,9 +334,9 @@ def main() -> int:
     with TrainingMonitor(
         folder, mode=config.mode, device=device_name(device, processes),
         machine=machine_name(device), total_steps=engine.total_steps,
-        steps_per_epoch=run.batches.steps_per_epoch, command=command,
+        steps_per_epoch=run.batches.steps_per_epoch, command=command, lock=lock,
     ) as run.monitor:
-        if saved is None:
+        if saved is None and not has_cleared_away():
             clear_away(args.mode, folder)
             if cli.LAUNCH_FOLDER in os.environ:
                 Path(os.environ[cli.LAUNCH_FOLDER], cli.CLEARED).touch()

@@ -25,6 +25,7 @@ RUN_DIRECTORIES = {
     "demo": Path("checkpoints_demo"),
     "quick-test": Path("checkpoints_overfit/quick-test"),
 }  # in the order in which `make generate` looks for a checkpoint
+LOCK = "run.lock"  # in a folder of results; held by the process that writes there
 PACE = 20  # records from which the time left is worked out
 CURVES_SECONDS = 60  # between two drawings of them, each of which takes a second
 LINE_SECONDS = 60  # between progress lines where the output is not a terminal
@@ -42,7 +43,7 @@ SMOOTHING = 0.9  # weight of the past in the smoothed loss curve
 
 
 class RunInUse(Exception):
-    """Another live process trains in this directory."""
+    """Another live process writes to this folder."""
 
 
 def say(message: str) -> None:
@@ -55,8 +56,9 @@ def say(message: str) -> None:
     except OSError as error:  # a run still has to go on, or to save
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # `| tee` dies of the Ctrl-C that ends the run
-            print(f"the output cannot be written: {error.strerror}; going on without it",
-                  file=sys.stderr)
+            with suppress(OSError):  # both may go to one full disk or lost terminal
+                print(f"the output cannot be written: {error.strerror}; going on without it",
+                      file=sys.stderr)
 
 
 def progress(items: Iterable, total: int, what: str) -> Iterable:
@@ -67,12 +69,23 @@ def progress(items: Iterable, total: int, what: str) -> Iterable:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an OSError without a file's name, as of a full disk, gets this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The name under which to write what then takes path's place: no reader sees half a file."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        with naming(path):
+            yield unfinished
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -108,7 +121,7 @@ def read_records(path: Path) -> list[dict]:
 
 def append_record(path: Path, record: dict) -> None:
     """One more line in a JSON Lines file, also behind a line that was cut short."""
-    with open(path, "ab+") as file:
+    with naming(path), open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
         start = "" if file.read() in (b"", b"\n") else "\n"
@@ -138,11 +151,11 @@ def evenly(items: Sequence, most: int) -> Sequence:
 
 
 def acquire_lock(folder: Path) -> TextIO:
-    """The open lock file of a run directory; the system frees it when the process ends.
+    """The open lock file of a folder of results; the system frees it when the process ends.
 
     Raises RunInUse if another live process holds it.
     """
-    lock = open(folder / "run.lock", "a")
+    lock = open(folder / LOCK, "a")
     for _ in range(20):  # a reader that looks whether the run lives holds it for an instant
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,20 +167,22 @@ def acquire_lock(folder: Path) -> TextIO:
 
 
 def owner(folder: Path) -> str:
-    """Who runs there, from run.json, which a run of this instant may not have written yet."""
+    """Who runs there, from run.json, which a run that is starting has not written yet."""
     facts = read_json(folder / "run.json")
-    if not facts.keys() >= {"started", "pid", "host"}:
+    if not facts.keys() >= {"started", "pid", "host"} or facts.get("state") != "running":
         return "another process"
     return f"process {facts['pid']} on {facts['host']} since {moment(facts['started'])}"
 
 
-def refuse_second_run(folder: Path) -> None:
-    """Raise RunInUse if a live process trains in this directory, or if it cannot be told."""
+def claim(folder: Path) -> TextIO | None:
+    """The lock of a folder of results, as acquire_lock; None where there is no folder yet.
+
+    Raises RunInUse if a live process holds it, or if that cannot be told.
+    """
     if folder.is_symlink() and not folder.exists():
         raise RunInUse(f"{folder} is a link to {os.readlink(folder)}, which is not there; mount "
                        "that disk, or remove the link")
-    if folder.is_dir():
-        acquire_lock(folder).close()
+    return acquire_lock(folder) if folder.is_dir() else None
 
 
 def moment(seconds: float) -> str:
@@ -199,11 +214,14 @@ class TrainingMonitor:
     """Owns a run directory while the run lives: lock, records, progress bar, pictures.
 
     Use as a context manager. Raises RunInUse if another live process owns the directory.
+
+    Args:
+        lock: of the directory, where it has been acquired already.
     """
 
     def __init__(self, folder: Path, *, mode: str, device: str, machine: str, total_steps: int,
-                 steps_per_epoch: int, command: str):
-        self.folder = Path(folder)
+                 steps_per_epoch: int, command: str, lock: TextIO | None = None):
+        self.folder, self.lock = Path(folder), lock
         self.facts = {
             "mode": mode, "pid": os.getpid(), "host": socket.gethostname(), "started": time.time(),
             "device": device, "machine": machine, "total_steps": total_steps,
@@ -215,7 +233,7 @@ class TrainingMonitor:
 
     def __enter__(self) -> "TrainingMonitor":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = acquire_lock(self.folder)
+        self.lock = self.lock or acquire_lock(self.folder)
         return self
 
     def __exit__(self, kind, error, trace) -> None:

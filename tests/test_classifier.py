@@ -71,6 +71,22 @@ def test_other_data_another_recipe_and_a_damaged_file_train_it_anew(splits, tmp_
     assert len(said) == 9
 
 
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),  # torch's
+])
+def test_what_cannot_be_kept_is_used_nevertheless(tmp_path, monkeypatch, error):
+    def full(content, file):
+        raise error
+
+    said = []
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(classifier, "say", said.append)
+    assert classifier.cached(tmp_path / "new" / "a.pt", lambda: {"n": 3}) == {"n": 3}
+    assert len(said) == 1 and "a.pt cannot be written (" in said[0]
+    assert list(tmp_path.rglob("*.*")) == []
+
+
 def test_first_layer_whitens_patches(splits):
     images = to_input(splits["train"].images[:100], "cpu")
     model = Classifier((8, 8, 8))

@@ -23,11 +23,13 @@ import generate_samples
 import prepare_data
 import train_model
 import training_run
+from cifar10 import DataError
 from conditional_diffusion import CosineNoiseScheduler, TrainingEngine
 from conditional_diffusion.checkpoint import load_newest
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, ConfigError, full
 from data import TrainingBatches
+from run_status import is_alive
 from training_monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +59,7 @@ def test_quick_test_then_generate(call):
     assert status == 0, said
     out = Path("generated_images")
     names = {"cat_0007.png", "cat_0008.png", "truck_0007.png", "truck_0008.png"}
-    assert names | {"grid.png", "samples.json"} == {path.name for path in out.iterdir()}
+    assert names | {"grid.png", "samples.json", "run.lock"} == {path.name for path in out.iterdir()}
     facts = json.loads((out / "samples.json").read_text())
     assert facts["step"] == 10 and facts["weights"] == "EMA"
     assert facts["pictures"][1] == {"class": "truck", "seed": 7, "file": "truck_0007.png"}
@@ -154,7 +156,7 @@ def test_a_verdict_that_was_interrupted_is_given_by_the_same_command(call, monke
     assert "continuing at step" in said and "FAIL" in said and "moved" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_run_continues_to_the_same_weights(call, number):
     full = ["--full", *PICTOGRAMS, "--samples", 10, "--batch-size", 20, "--epochs", 2,
             "--train.log_every", 1]
@@ -391,6 +393,16 @@ def test_one_request_to_stop_may_come_twice(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
+def test_nohup_keeps_a_closed_terminal_from_stopping_the_run():
+    run, earlier = SimpleNamespace(stop_signal=0), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train_model.stopping_on_signals(run):
+            signal.raise_signal(signal.SIGHUP)
+            assert run.stop_signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
 def test_plain_command_continues_with_the_settings_of_the_run(call):
     full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 3, "--batch-size", 5]
     call(train_model, *full, "--train.max_hours", 1e-9)
@@ -496,8 +508,54 @@ def test_second_run_in_a_directory_is_refused(call):
         fcntl.flock(lock, fcntl.LOCK_EX)
         status, said = call(train_model, *QUICK)
     assert status == 1
-    assert_one_sentence(said, "in use by process")
+    assert_one_sentence(said, "in use by another process")
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_run_owns_its_directory_from_its_first_look_at_it(call, monkeypatch):
+    """Or `make clean` might take what it has just read."""
+    call(train_model, *QUICK)
+    owned = []
+
+    def look(*args):
+        owned.append(is_alive(Path("checkpoints_overfit/quick-test")))
+        raise DataError("seen")
+
+    monkeypatch.setattr(train_model, "load_data", look)
+    assert_one_sentence(call(train_model, *QUICK)[1], "seen")
+    assert owned == [True]
+
+
+def test_what_is_left_of_a_run_without_checkpoints_is_no_part_of_the_next(call):
+    full = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1]
+    call(train_model, *full)
+    for path in Path("checkpoints").glob("*.pt"):
+        path.unlink()
+    Path("checkpoints/evaluation").mkdir()
+    Path("checkpoints/evaluation/scores.jsonl").write_text("{}")
+    status, said = call(train_model, *full)
+    assert status == 0 and "the earlier run was moved to checkpoints_1" in said
+    assert not Path("checkpoints/evaluation").exists()
+    assert Path("checkpoints_1/evaluation/scores.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", [
+    "train_model.py --full", "generate_samples.py", "evaluate_samples.py", "prepare_data.py",
+    "benchmark.py",
+])
+def test_a_python_without_the_packages_is_named(script):
+    script, *arguments = script.split()
+    run = subprocess.run([sys.executable, "-S", str(ROOT / script), *arguments],
+                         capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert run.returncode == 1
+    assert_one_sentence(run.stderr, f"{sys.executable} has no package ", "make install")
+
+
+def test_a_python_that_is_too_old_is_named(call, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 9))
+    status, said = call(train_model, *QUICK)
+    assert status == 1
+    assert_one_sentence(said, "3.11 or later is needed")
 
 
 def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch):
@@ -512,10 +570,10 @@ def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch
     assert_one_sentence(said, "Three ways")
     status, said = call(train_model, "--quick-test", *TINY_FLAGS)
     assert status == 0 and "falling back to the built-in pictograms" in said
-    monkeypatch.setattr("data.CLASS_NAMES", CLASS_NAMES[1:])
+    monkeypatch.setattr(cifar10, "CLASS_NAMES", CLASS_NAMES[1:])
     status, said = call(train_model, "--demo", *TINY_FLAGS)
     assert status == 1, "there is nothing else to fall back to"
-    assert_one_sentence(said, "pictograms show 10 classes")
+    assert_one_sentence(said, "pictograms show the classes airplane, ")
     monkeypatch.undo()
     status, said = call(train_model, "--quick-test", *TINY_FLAGS, "--dataset", "cifar10")
     assert status == 1, "what was asked for is not replaced"

@@ -10,6 +10,7 @@ import struct
 import tarfile
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def nothing_prepared(folder: Path) -> bool:
-    return [path.name for path in (folder / "data" / "prepared").iterdir()] == [".lock"]
+    return [path.name for path in (folder / "data" / "prepared").iterdir()] == ["run.lock"]
 
 
 def shade(split: str, label: int, index: int) -> tuple[int, int, int]:
@@ -130,7 +131,8 @@ def test_zip_file_and_folder_of_zips(tmp_path):
     assert_small_source(load(data_dir=str(whole))[0])
     for split in ("train", "test"):
         part = {name: content for name, content in files.items() if name.startswith(split)}
-        write_zip(tmp_path / "parts" / f"{split}.zip", part)
+        ending = {"train": "zip", "test": "ZIP"}[split]
+        write_zip(tmp_path / "parts" / f"{split}.{ending}", part)
     assert_small_source(load(data_dir=str(tmp_path / "parts"))[0])
 
 
@@ -199,6 +201,18 @@ def test_prepared_data_of_which_a_part_was_deleted_are_prepared_anew(tmp_path):
     info.unlink()
     assert_small_source(load(data_dir=str(source))[0])
     assert info.exists()
+
+
+def test_a_disk_that_fills_up_while_preparing_is_named(tmp_path, monkeypatch):
+    source = write_tree(tmp_path / "pictures", class_tree())
+
+    def full(file, array):
+        raise OSError("3145728 requested and 8192 written")  # as numpy says it
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match="train_images.npy of .* MiB cannot be written .3145728"):
+        load(data_dir=str(source))
+    assert nothing_prepared(Path())
 
 
 def test_what_a_killed_preparation_left_goes_with_the_next(tmp_path):
@@ -619,6 +633,24 @@ def test_no_network_and_no_data_says_the_three_ways(monkeypatch):
         load()
 
 
+def test_a_server_that_speaks_no_http_counts_as_no_network(monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    with socket.create_server(("127.0.0.1", 0)) as odd:
+        def answer():
+            connection, _ = odd.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail.example.org\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{odd.getsockname()[1]}/archive")
+        with pytest.raises(DataError, match="Three ways.*220 mail"):
+            load()
+        thread.join()
+
+
 def test_a_server_that_says_nothing_counts_as_no_network(monkeypatch):
     from torchvision.datasets import CIFAR10
 
@@ -765,8 +797,7 @@ def test_real_cifar10():
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path, monkeypatch):
     names = ("train", "val")
-    for module in (cifar10, data):
-        monkeypatch.setattr(module, "CLASS_NAMES", names)
+    monkeypatch.setattr(cifar10, "CLASS_NAMES", names)
     monkeypatch.setattr(cifar10, "LABELS", cifar10.folder_labels(names))
     files = {f"{split}/{name}/{n}.png": png((n, 9, 9)) for split, count in
              (("train", 3), ("test", 2)) for name in names for n in range(count)}
@@ -778,16 +809,30 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path, monkeypatch):
 def test_other_classes_need_pictures_of_their_own(tmp_path, published, monkeypatch):
     """Changing CLASS_NAMES is all that other classes take; what shows CIFAR's ten is refused."""
     names = ("apple", "Pear", "plum_tree")
-    for module in (cifar10, data):
-        monkeypatch.setattr(module, "CLASS_NAMES", names)
+    monkeypatch.setattr(cifar10, "CLASS_NAMES", names)
     monkeypatch.setattr(cifar10, "LABELS", cifar10.folder_labels(names))
     files = {f"{name}/{n}.png": png((n, 9, 9)) for name in names for n in range(11)}
     splits, _ = load(data_dir=str(write_tree(tmp_path / "fruit", files)))
     assert splits["train"].labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
-    with pytest.raises(DataError, match="10 classes of CIFAR-10, but CLASS_NAMES .* lists 3"):
-        load(data_dir=str(published[0]))
-    with pytest.raises(DataError, match="pictograms show 10 classes, but CLASS_NAMES"):
-        load(dataset="pictograms")
+    of_their_own = tuple(f"tree{i}" for i in range(10))
+    for names in (names, of_their_own, ("car", *CLASS_NAMES[1:]), CLASS_NAMES[::-1]):
+        monkeypatch.setattr(cifar10, "CLASS_NAMES", names)
+        listed = f"airplane, automobile, .* CLASS_NAMES .* lists {', '.join(names)};"
+        with pytest.raises(DataError, match=f"{published[0].name} holds the classes {listed}"):
+            load(data_dir=str(published[0]))
+        with pytest.raises(DataError, match=f"pictograms show the classes {listed}"):
+            load(dataset="pictograms")
+
+
+def test_accents_may_be_composed_or_not(tmp_path, monkeypatch):
+    """macOS takes them apart in the names of folders and in its zips."""
+    names = ("\u00c9pic\u00e9a", "ch\u00eane")
+    monkeypatch.setattr(cifar10, "CLASS_NAMES", names)
+    monkeypatch.setattr(cifar10, "LABELS", cifar10.folder_labels(names))
+    files = {f"{unicodedata.normalize('NFD', name)}/{n}.png": png((n, 9, 9))
+             for name in names for n in range(3)}
+    splits, _ = load(data_dir=str(write_tree(tmp_path / "trees", files)))
+    assert splits["train"].labels.tolist() == 2 * [0] + 2 * [1]
 
 
 def test_the_same_folder_is_prepared_anew_for_other_classes(tmp_path, monkeypatch):

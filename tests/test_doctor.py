@@ -112,7 +112,28 @@ def test_a_folder_that_cannot_be_written_to(lines, monkeypatch):
 def test_a_full_disk(lines, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    assert "0.0 GiB free, a full run takes about 4.0 GiB" in failing(lines(), "disk")
+    said = failing(lines(), "disk")
+    assert ("0.0 GiB free for checkpoints/ and data/, where a full run takes about 4.0 GiB more. "
+            "Cure: free some space for checkpoints/ and data/") in said
+    Path("data/prepared/some").mkdir(parents=True)
+    Path("data/prepared/some/info.json").touch()
+    assert "takes about 0.0 GiB more" in lines()[1]["disk"], "the data are there"
+
+
+def test_each_disk_is_looked_at(monkeypatch, tmp_path):
+    """checkpoints/ may be a link to another disk than the one that is full."""
+    other = next((place for place in ("/dev/shm", "/run", "/tmp")
+                  if os.path.isdir(place) and os.stat(place).st_dev != os.stat(".").st_dev), None)
+    if other is None:
+        pytest.skip("there is only one disk here")
+    Path("checkpoints").symlink_to(Path(other, "absent", "runs"))
+    usage = shutil.disk_usage(".")
+    free = {other: 3 * 2**30, str(tmp_path): 5 * 2**30}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=free[str(place)]))
+    finding = doctor.check_disk({"checkpoints": 4 * 2**30, "data": 4 * 2**30})
+    assert not finding.well and finding.cure == "free some space for checkpoints/"
+    assert finding.text.startswith("3.0 GiB free for checkpoints/, where a full run takes about")
+    assert "; 5.0 GiB free for data/, where" in finding.text
 
 
 def test_scarce_memory_is_noted(lines, monkeypatch):

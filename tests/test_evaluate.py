@@ -230,6 +230,13 @@ def test_pictures_are_scored_as_their_exif_turns_them():
     assert np.array_equal(found, pixels[::-1, ::-1])
 
 
+def test_links_to_class_folders_are_followed():
+    save(Path("elsewhere", "1.png"), "red", (16, 16))
+    Path("mine").mkdir()
+    Path("mine", "cat").symlink_to(Path("elsewhere").resolve())
+    assert read_folder(Path("mine")).labels.tolist() == [CLASS_NAMES.index("cat")]
+
+
 def test_scores_need_held_out_pictures(call):
     for name in CLASS_NAMES:
         save(Path("single", name, "1.png"), "red", (16, 16))
@@ -271,6 +278,8 @@ def test_a_checkpoint_of_other_classes_is_refused(call, monkeypatch):
         (["--pictures", "absent"], "no folder"),
         (["--pictures", "absent", "--sweep", "1,2"], "--sweep would draw pictures"),
         (["--pictures", "absent", "--guidance", "3"], "--sample.guidance_scale would draw"),
+        (["--pictures", "absent", "--seed", "0"], "--seed would draw"),
+        (["--inception-weights", "absent.pth"], "absent.pth is no file"),
         (["--sweep", "1,2", "--guidance", "3"], "exclude each other"),
         (["--seed", str(2**63 - 5)], "--seed"),
         (["--device", "warp"], "warp"),
@@ -278,7 +287,7 @@ def test_a_checkpoint_of_other_classes_is_refused(call, monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence(call, arguments, word):
-    if arguments[0] not in ("--pictures",):
+    if arguments[0] not in ("--pictures", "--inception-weights"):
         call(train_model, *FULL)
     status, said = call(evaluate_samples, *arguments, "--no-inception")
     assert status != 0
@@ -355,15 +364,20 @@ def test_pairs_are_the_nearest_ones_each_above_its_original(monkeypatch, tmp_pat
 def figures(monkeypatch):
     """What matplotlib would have written."""
     kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: kept.append(self))
+
+    def keep(figure, path, **options):
+        kept.append(figure)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     return kept
 
 
-def test_confusion_is_drawn_by_row_of_the_class_wanted(figures):
+def test_confusion_is_drawn_by_row_of_the_class_wanted(figures, tmp_path):
     confusion = torch.diag(torch.full((10,), 4))
     confusion[3] = 0
     confusion[3, 3], confusion[3, 5] = 1, 3  # of four cats wanted three look like dogs
-    evaluation.draw_confusion(confusion, None)
+    evaluation.draw_confusion(confusion, tmp_path / "confusion.png")
     (axes,) = figures[0].axes
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert len(texts) == 11 and texts[5, 3] == "75" and texts[3, 3] == "25" and texts[5, 5] == "100"
@@ -371,7 +385,7 @@ def test_confusion_is_drawn_by_row_of_the_class_wanted(figures):
     assert axes.get_ylabel() == "class wanted"
 
 
-def test_a_sweep_draws_scores_at_the_number_of_their_floor(figures):
+def test_a_sweep_draws_scores_at_the_number_of_their_floor(figures, tmp_path):
     records = [
         {"guidance_scale": scale, "agreement": 0.5 + scale / 10, "frechet_distance": 10.0 * scale,
          "frechet_distance_at_n_floor": 20.0 * scale, "frechet_distance_floor": 1.5,
@@ -379,7 +393,7 @@ def test_a_sweep_draws_scores_at_the_number_of_their_floor(figures):
          "reference": {"classifier_accuracy": 0.9}}
         for scale in (1, 2)
     ]
-    evaluation.draw_sweep(records, None)
+    evaluation.draw_sweep(records, tmp_path / "sweep.png")
     drawn = {axes.get_title(): [list(line.get_ydata()) for line in axes.lines]
              for axes in figures[0].axes}
     assert drawn == {

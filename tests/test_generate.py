@@ -20,6 +20,7 @@ from conditional_diffusion.memory import fitting_batch_size
 from config import CLASS_NAMES
 from data import to_arrays
 from drawing import file_hash
+from training_monitor import acquire_lock
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 OUT = Path("generated_images")
@@ -45,6 +46,23 @@ def make_checkpoint(folder: str, num_classes: int = len(CLASS_NAMES), **more: st
 @pytest.fixture
 def checkpoint(own_directory) -> Path:
     return make_checkpoint("run", **{"train.class_dropout_prob": "0.1"})
+
+
+def test_a_second_call_for_one_folder_is_refused(call, checkpoint):
+    """The pictures of both would lie there, under facts of one."""
+    OUT.mkdir()
+    with acquire_lock(OUT):
+        status, said = call(generate_samples, checkpoint, "--samples", 1)
+    assert status == 1
+    assert_one_sentence(said, "generated_images is in use by another process")
+    assert not list(OUT.glob("*.png"))
+    assert call(generate_samples, checkpoint, "--samples", 1, "--grid-only")[0] == 0
+
+
+def test_noise_that_a_sampler_does_not_know_is_refused(call, checkpoint):
+    status, said = call(generate_samples, checkpoint, "--sample.eta", 0.5)
+    assert status == 1
+    assert_one_sentence(said, "--sample.eta means nothing to ddpm", "--sampler ddim")
 
 
 def test_only_the_pictures_of_the_grid_are_kept():
@@ -115,7 +133,7 @@ def text(path) -> dict:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_file()}
+    return {path.name for path in folder.iterdir() if path.is_file()} - {"run.lock"}
 
 
 def test_facts_agree_everywhere_and_redraw_the_picture(draw, checkpoint):

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import clean
+from training_monitor import RunInUse, claim
 
 ROOT = Path(__file__).parents[1]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -186,7 +188,7 @@ def test_python_may_lie_in_a_folder_with_a_space(copy, tmp_path):
 def test_what_needs_no_packages_takes_the_environments_python_once_there_is_one(copy):
     assert make("-n", "status", folder=copy).stdout.startswith("'python3' ")
     (copy / ".venv" / "bin").mkdir(parents=True)
-    (copy / ".venv" / "bin" / "python").touch()
+    (copy / ".venv" / "bin" / "python").touch(0o755)
     assert make("-n", "status", folder=copy).stdout.startswith("'python3' "), "not yet complete"
     (copy / ".venv" / ".installed").touch()
     assert make("-n", "status", folder=copy).stdout.startswith("'.venv/bin/python' ")
@@ -238,15 +240,44 @@ def test_install_is_done_once(copy):
     python = copy / ".venv" / "bin" / "python"
     python.write_text("#!/bin/sh\necho called $@ >> calls\n")
     python.chmod(0o755)
-    assert make("install", folder=copy).returncode == 0
-    calls = (copy / "calls").read_text().splitlines()
-    assert len(calls) == 1 and calls[0].endswith("-r requirements.txt")
-    assert make("install", folder=copy).returncode == 0
-    assert len((copy / "calls").read_text().splitlines()) == 1
+    def calls_of_pip() -> list[str]:
+        assert make("install", folder=copy).returncode == 0
+        return [line for line in (copy / "calls").read_text().splitlines() if "-m pip" in line]
+
+    (call,) = calls_of_pip()
+    assert call.endswith("-r requirements.txt")
+    assert len(calls_of_pip()) == 1
     later = (copy / ".venv" / ".installed").stat().st_mtime + 5
     os.utime(copy / "requirements.txt", (later, later))
-    assert make("install", folder=copy).returncode == 0
-    assert len((copy / "calls").read_text().splitlines()) == 2
+    assert len(calls_of_pip()) == 2
+
+
+def test_two_at_once_install_once(copy):
+    """As `make train` in one terminal and `make doctor` in another, both for the first time."""
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    python = copy / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\necho $@ >> calls; sleep 1\n")
+    python.chmod(0o755)
+    command = ["make", "install", f"BASE_PYTHON={sys.executable}"]
+    both = [subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("waiting for another make" in text for text in said) == 1
+    assert (copy / "calls").read_text().count("-m pip") == 1
+
+
+def test_an_environment_whose_python_is_gone_is_named(copy):
+    """As after an update of the system's; what needs no packages goes on."""
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / ".installed").touch()
+    (copy / ".venv" / "bin" / "python").symlink_to("/usr/bin/python3.2")
+    assert make("status", folder=copy).returncode == 0
+    for target in ("install", "quick-test"):
+        result = make(target, folder=copy)
+        assert result.returncode == 2 and not result.stdout
+        assert result.stderr.startswith("error: .venv/bin/python links to a Python that is gone;")
+    assert make("clean-all", folder=copy).returncode == 0 and not (copy / ".venv").exists()
 
 
 def test_torch_is_one_that_the_product_supports():
@@ -290,14 +321,33 @@ def test_python_in_a_folder_with_a_space(copy):
     assert result.returncode == 0 and "No training run yet" in result.stdout
 
 
-def test_clean_refuses_while_a_run_is_alive(copy):
-    folder = copy / "checkpoints_demo"
-    folder.mkdir()
+@pytest.mark.parametrize("target, name", [
+    ("clean", "checkpoints_demo"), ("clean", "generated_images/demo"),
+    ("clean-all", "data/prepared"),
+])
+def test_clean_refuses_while_something_writes_there(copy, target, name):
+    folder = copy / name
+    folder.mkdir(parents=True)
     with open(folder / "run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = make("clean", "CONFIRM=yes", folder=copy)
-    assert result.returncode != 0 and "in use" in result.stderr
+        result = make(target, "CONFIRM=yes", folder=copy)
+    assert result.returncode != 0 and f"{name} is in use" in result.stderr
     assert folder.exists()
+
+
+def test_no_run_begins_between_the_question_of_clean_and_its_answer(copy):
+    (copy / "checkpoints").mkdir()
+    (copy / "checkpoints" / "best.pt").touch()
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "clean.py", "runs"], cwd=copy, stdin=theirs,
+                               stdout=subprocess.PIPE, text=True)
+    with open(theirs, closefd=True), open(ours, "wb", buffering=0) as terminal:
+        assert "best.pt" not in process.stdout.readline() and process.stdout.read(5)
+        with pytest.raises(RunInUse, match="in use by another process"):
+            claim(copy / "checkpoints")
+        terminal.write(b"y\n")
+        assert "removed 1 entries" in process.stdout.read() and process.wait() == 0
+    assert not (copy / "checkpoints").exists()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+
+from command_line import LAUNCH_FOLDER, LAUNCHER, MISTAKE, status_of
 
 import pytest
 import torch
@@ -21,7 +24,6 @@ import launch as launcher
 import train_model
 import training_run
 from cifar10 import DataError
-from command_line import LAUNCH_FOLDER, LAUNCHER, MISTAKE, status_of
 from conditional_diffusion import (
     CosineNoiseScheduler,
     TrainingEngine,
@@ -459,6 +461,22 @@ def test_sigterm_to_launcher_and_processes_is_one_request(tmp_path):
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 128 + signal.SIGTERM, said
     assert "stopped and saved at step" in said and "error" not in said
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_nohup_keeps_a_closed_terminal_from_stopping_the_launcher(tmp_path):
+    (tmp_path / "waiting.py").write_text("import time; print('ready', flush=True); time.sleep(600)")
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        launcher = launch(tmp_path, "waiting.py")
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert launcher.stdout.readline() == "ready\n"
+    status = Path(f"/proc/{launcher.pid}/status").read_text()
+    assert int(re.search(r"SigIgn:\s+(\w+)", status)[1], 16) & 1 << signal.SIGHUP - 1
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=120)
+    assert launcher.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.usefixtures("own_directory")

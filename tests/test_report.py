@@ -101,11 +101,14 @@ def test_scores_warnings_and_a_death_are_told(run):
     (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score))
     assert ("8 ddim, 9 steps, raw weights 2.0 in 0.2 to 0.8 7 25.0% 12.5 (of 4 13.5, held-out 0.5)"
             in page_of(run).sections["Scores"])
+    del score["frechet_distance_floor"], score["frechet_distance_at_n_floor"]  # one is held out
+    (run / "evaluation" / "scores.jsonl").write_text(json.dumps(score))
+    assert "in 0.2 to 0.8 7 25.0% 12.5 33.25" in page_of(run).sections["Scores"]
     assert "step 3 loss <b>jumps</b>" in page.sections["Warnings"]  # as text, not as an element
     assert "state died" in page.sections["Facts"]
 
 
-def test_an_empty_or_damaged_run_still_has_a_page(tmp_path):
+def test_an_empty_or_damaged_run_still_has_a_page(tmp_path, monkeypatch):
     folder = tmp_path / "<b>bold"
     folder.mkdir()
     (folder / "run.json").write_text("{")
@@ -121,6 +124,9 @@ def test_an_empty_or_damaged_run_still_has_a_page(tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((99, 99), 50).save(buffer, "PNG")
     (folder / "samples" / "step_00000010_ema.png").write_bytes(buffer.getvalue()[:2000])
+    assert "No grid" in page_of(folder).sections["Samples through training"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    Image.new("L", (99, 99)).save(folder / "samples" / "step_00000011_ema.png")
     assert "No grid" in page_of(folder).sections["Samples through training"]
 
 

@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import command_line
+
 import pytest
 import torch
 from conftest import assert_identical
 
-import command_line
 import train_model
 from training_monitor import read_metrics
 

@@ -133,11 +133,32 @@ def test_a_full_disk_under_the_log_does_not_end_the_run():
     assert "No space left" in run.stderr and run.stderr.endswith("saved")
 
 
+def test_nor_does_one_under_all_that_it_says(tmp_path):
+    """As `> log 2>&1`, or a terminal that was closed."""
+    code = ("from pathlib import Path; from training_monitor import say; say('one'); say('two'); "
+            f"Path({str(tmp_path / 'saved')!r}).touch()")
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full,
+                              cwd=ROOT).returncode == 0
+    assert (tmp_path / "saved").exists()
+
+
+def test_what_a_full_disk_stops_is_named(tmp_path):
+    path = tmp_path / "picture.png"
+    for writing in (training_monitor.naming, training_monitor.replacing):
+        with pytest.raises(OSError) as failure, writing(path), open("/dev/full", "w") as full:
+            full.write("x")
+        assert failure.value.filename == str(path)
+    with pytest.raises(OSError) as failure, training_monitor.naming(path):
+        open(tmp_path / "absent")
+    assert failure.value.filename == str(tmp_path / "absent"), "which named itself"
+
+
 def test_a_run_directory_on_a_disk_that_is_not_mounted_is_named(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.symlink_to(tmp_path / "disk" / "runs")
     with pytest.raises(training_monitor.RunInUse, match="disk/runs, which is not there"):
-        training_monitor.refuse_second_run(folder)
+        training_monitor.claim(folder)
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "ü"])
