@@ -75,7 +75,7 @@ PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check -r
 LOCKED = '$(BASE_PYTHON)' -c 'import fcntl, sys; fcntl.flock(9, int(sys.argv[1]))'
 ALONE = exec 9>> requirements.txt; $(LOCKED) 6 2> /dev/null || { \
   echo "waiting for another make, which is installing"; $(LOCKED) 2; }
-INSTALLED = test -e $@ -a -z "$$(find $^ -newer $@)"
+INSTALLED = test -e $@ && test -z "$$(find $^ -newer $@)"
 
 .PHONY: help install demo data train overfit test quick-test report generate evaluate status monitor \
   doctor gpu-status bench check clean clean-all clean-cuda check-python
