@@ -256,7 +256,7 @@ def test_two_at_once_install_once(copy):
     """As `make train` in one terminal and `make doctor` in another, both for the first time."""
     (copy / ".venv" / "bin").mkdir(parents=True)
     python = copy / ".venv" / "bin" / "python"
-    python.write_text("#!/bin/sh\necho $@ >> calls; sleep 1\n")
+    python.write_text("#!/bin/sh\necho $@ >> calls; sleep 3\n")
     python.chmod(0o755)
     command = ["make", "install", f"BASE_PYTHON={sys.executable}"]
     both = [subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE,
