@@ -312,7 +312,7 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
         if (folder / "info.json").exists():
             return folder
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-        unfinished.mkdir(parents=True)  # `make clean-all` may have come between
+        unfinished.mkdir()
         try:
             skipped = 0
             if archive:
@@ -339,14 +339,18 @@ def examine(source: Path, data: DataConfig) -> tuple[Path | None, list[Picture],
 @contextmanager
 def only_one(say: Callable[[str], None]) -> Iterator[None]:
     """Inside, this is the only process of the repository that fetches or prepares pictures."""
-    PREPARED.mkdir(parents=True, exist_ok=True)
-    with open(PREPARED / "run.lock", "a") as lock:  # a name that `make clean-all` knows
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("data: another process is fetching or preparing pictures here; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    path = PREPARED / "run.lock"  # a name that `make clean-all` knows, which may remove it
+    while True:
+        PREPARED.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("data: another process is fetching or preparing pictures here; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                yield
+                return
 
 
 def prepared_name(source: Path, pictures: list[Picture], data: DataConfig) -> str:

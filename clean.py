@@ -12,8 +12,9 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from command_line import Parser, exit_with
 
@@ -27,6 +28,8 @@ CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pyte
           "__pycache__", "*/__pycache__")
 SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py",
            "doctor.py")
+# Where results are written, if nothing there says so yet.
+WRITTEN = (*RUN_DIRECTORIES.values(), Path("generated_images"), Path("data/prepared"))
 GRACE_SECONDS = 10  # between asking a process to end and ending it
 CUDA_CACHES = (Path.home() / ".nv" / "ComputeCache", Path.home() / ".triton" / "cache")
 
@@ -49,8 +52,21 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def claim_all(paths: list[Path], locks: dict[Path, TextIO]) -> None:
+    """Claim every folder among or below the paths in which results are written."""
+    found = {lock.parent for path in paths for lock in path.rglob(LOCK)}
+    for folder in sorted({*found, *(path for path in paths if path in WRITTEN)}):
+        if folder.resolve() not in locks and (lock := claim(folder)):
+            locks[folder.resolve()] = lock
+
+
 def remove(paths: list[Path], what: str, *, ask: bool) -> int:
-    """Remove them; `what` they are besides, where it has to be asked."""
+    """Remove them; `what` they are besides, where it has to be asked.
+
+    Raises RunInUse where something is being written there, and keeps others from it while asking.
+    """
+    locks: dict[Path, TextIO] = {}
+    claim_all(paths, locks)
     if not paths:
         print("nothing to remove")
         return 0
@@ -62,7 +78,10 @@ def remove(paths: list[Path], what: str, *, ask: bool) -> int:
         if not confirmed(f"these are {what}; remove them?"):
             print("nothing was removed")
             return 1
+    claim_all(paths, locks)  # once more: below them something may have begun meanwhile
     for path in paths:
+        for folder in [folder for folder in locks if folder.is_relative_to(path.resolve())]:
+            locks.pop(folder).close()  # NFS would keep an open file, and with it the folder
         # A link is removed, never what it points to.
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
     print(f"removed {len(paths)} entries")
@@ -137,15 +156,10 @@ def main() -> int:
         return clean_cuda(ask=not args.yes)
     patterns = RUNS + (CACHES if args.what == "all" else ())
     paths = existing(patterns)
-    written = {lock.parent for path in paths for lock in path.rglob(LOCK)}
     full_run = any(path.name.startswith("checkpoints") and any(path.rglob("*.pt"))
                    and not path.name.startswith(("checkpoints_overfit", "checkpoints_demo"))
                    for path in paths)
-    with ExitStack() as locks:  # held to the end, or a run might begin while we ask
-        for folder in sorted({*RUN_DIRECTORIES.values(), *written}):
-            locks.enter_context(claim(folder) or nullcontext())
-        return remove(paths, "results with checkpoints of a full run",
-                      ask=full_run and not args.yes)
+    return remove(paths, "results with checkpoints of a full run", ask=full_run and not args.yes)
 
 
 if __name__ == "__main__":

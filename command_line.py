@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # before anything that an older one cannot read
+    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}; 3.11 or later is needed "
+             "(make: BASE_PYTHON=python3.12)")
+
 import config as settings
 from config import ConfigError
 
@@ -28,7 +32,6 @@ SAMPLING_FLAGS = {
 }
 
 MOST = 1_000_000  # pictures, rounds and the like
-OLDEST_PYTHON = (3, 11)
 PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL")  # as imported
 
 # Environment variables that launch.py sets for the processes it starts.
@@ -165,9 +168,6 @@ def join_processes():
 
 def exit_with(main: Callable[[], int | None], user_errors: tuple[type[Exception], ...]) -> None:
     """Call main and exit; a user's mistake becomes one sentence on stderr and status 1."""
-    if sys.version_info < OLDEST_PYTHON:
-        sys.exit(complain(f"{sys.executable} is Python {sys.version.split()[0]}; 3.11 or later is "
-                          "needed (make: BASE_PYTHON=python3.12)"))
     if sys.stdout is None:  # closed by who started us
         sys.stdout = open(os.devnull, "w")
     elif isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any encoding
@@ -240,8 +240,8 @@ def explain_missing_package(kind: type, error: BaseException, trace) -> None:
     """What Python does with an error that nothing caught: one of our packages lacking is a mistake.
     """
     if issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
-        complain(f"{sys.executable} has no package {error.name}; `make install` sets up "
-                 ".venv/bin/python, `pip install -r requirements.txt` another Python")
+        complain(f"{sys.executable} has no package {error.name}; `rm -rf .venv; make install` "
+                 "sets up .venv/bin/python, `pip install -r requirements.txt` another Python")
     else:
         sys.__excepthook__(kind, error, trace)
 

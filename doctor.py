@@ -8,6 +8,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from command_line import Parser, add_config_flags, config_overrides, exit_with
 
 import config as settings
-from config import Config, ConfigError
+from config import Config, ConfigError, DataConfig
 from gpu_status import diagnose, first_line, gather_facts
 from training_monitor import RUN_DIRECTORIES
 
@@ -110,17 +111,25 @@ def check_writing() -> Finding:
     return Finding(True, f"results can be written to {Path.cwd()}")
 
 
+def examined(data: DataConfig) -> tuple | None:
+    """The source of the pictures and what cifar10.examine finds there; None without any."""
+    from cifar10 import examine, find_source
+
+    source = find_source(data.data_dir)
+    return None if source is None else (source, *examine(source, data))
+
+
 def check_data(config: Config) -> Finding:
-    from cifar10 import DataError, assign_splits, examine, find_source
+    from cifar10 import DataError, assign_splits
 
     if config.data.dataset == "pictograms":
         return Finding(True, "the built-in pictograms")
     try:
-        source = find_source(config.data.data_dir)
-        if source is None:
+        found = examined(config.data)
+        if found is None:
             return Finding(True, "no pictures found", "`make data` tries to download CIFAR-10 "
                            "(170 MB) now, as `make train` will; DATA_DIR= uses your own")
-        archive, pictures, folder = examine(source, config.data)
+        source, archive, pictures, folder = found
         if not archive:
             assign_splits(pictures, source)
     except (DataError, OSError) as error:
@@ -188,18 +197,26 @@ def check_step(config: Config) -> Finding:
 
 
 def space_needed(config: Config) -> dict[str, int]:
-    """Bytes of a full run: the newest checkpoints, best.pt, one being written; data and caches."""
+    """Bytes that a full run takes beside what is there already, by the folder it writes to.
+
+    They are of the newest checkpoints, best.pt, one being written; of data and caches.
+    """
     import torch
 
     from build import build_model
-    from cifar10 import PREPARED, REPOSITORY_DATA
+    from cifar10 import REPOSITORY_DATA, DataError
     from conditional_diffusion.checkpoint import expected_bytes
 
     with torch.device("meta"):
         model, _ = build_model(config, "meta")
-    prepared = config.data.dataset == "pictograms" or any(PREPARED.glob("*/info.json"))
-    return {str(RUN_DIRECTORIES["full"]): (config.train.keep_checkpoints + 2)
-            * expected_bytes(model), str(REPOSITORY_DATA): 0 if prepared else DATA_BYTES}
+    folder = RUN_DIRECTORIES["full"]
+    checkpoints = (config.train.keep_checkpoints + 2) * expected_bytes(model)
+    checkpoints -= sum(path.stat().st_size for path in folder.glob("*.pt"))
+    prepared = config.data.dataset == "pictograms"
+    with suppress(DataError, OSError):  # of which check_data tells
+        found = examined(config.data)
+        prepared |= found is not None and (found[-1] / "info.json").exists()
+    return {str(folder): max(0, checkpoints), str(REPOSITORY_DATA): 0 if prepared else DATA_BYTES}
 
 
 def show(what: str, finding: Finding) -> None:

@@ -336,7 +336,7 @@ def main() -> int:
         machine=machine_name(device), total_steps=engine.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch, command=command, lock=lock,
     ) as run.monitor:
-        if saved is None and not has_cleared_away():
+        if saved is None and not (cli.LAUNCH_FOLDER in os.environ and has_cleared_away()):
             clear_away(args.mode, folder)
             if cli.LAUNCH_FOLDER in os.environ:
                 Path(os.environ[cli.LAUNCH_FOLDER], cli.CLEARED).touch()

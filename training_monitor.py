@@ -74,7 +74,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else the name would take the place of the reason
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -155,22 +156,27 @@ def acquire_lock(folder: Path) -> TextIO:
 
     Raises RunInUse if another live process holds it.
     """
-    lock = open(folder / LOCK, "a")
+    path = folder / LOCK
     for _ in range(20):  # a reader that looks whether the run lives holds it for an instant
+        lock = open(path, "a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
+            with naming(path):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):  # none took its place
+                return lock
         except BlockingIOError:
             time.sleep(0.01)
-    lock.close()
+        lock.close()
     raise RunInUse(f"{folder} is in use by {owner(folder)}; wait for it or stop it")
 
 
 def owner(folder: Path) -> str:
     """Who runs there, from run.json, which a run that is starting has not written yet."""
     facts = read_json(folder / "run.json")
-    if not facts.keys() >= {"started", "pid", "host"} or facts.get("state") != "running":
+    if not facts.keys() >= {"started", "pid", "host", "state"} or facts["state"] != "running":
         return "another process"
+    if facts["host"] == socket.gethostname() and not Path(f"/proc/{facts['pid']}").exists():
+        return "another process"  # the one before was killed
     return f"process {facts['pid']} on {facts['host']} since {moment(facts['started'])}"
 
 

@@ -551,11 +551,12 @@ def test_a_python_without_the_packages_is_named(script):
     assert_one_sentence(run.stderr, f"{sys.executable} has no package ", "make install")
 
 
-def test_a_python_that_is_too_old_is_named(call, monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 10, 9))
-    status, said = call(train_model, *QUICK)
-    assert status == 1
-    assert_one_sentence(said, "3.11 or later is needed")
+def test_a_python_that_is_too_old_is_named_before_it_stumbles():
+    code = ("import sys; sys.version_info = (3, 10, 9); sys.modules['config'] = None\n"
+            "import command_line")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert_one_sentence(run.stderr, "3.11 or later is needed")
 
 
 def test_full_run_without_data_stops_and_quick_test_falls_back(call, monkeypatch):

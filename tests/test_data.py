@@ -215,6 +215,22 @@ def test_a_disk_that_fills_up_while_preparing_is_named(tmp_path, monkeypatch):
     assert nothing_prepared(Path())
 
 
+def test_who_waits_for_a_preparation_whose_lock_is_removed_waits_for_the_next(monkeypatch):
+    """As `make clean-all` removes it."""
+    flock, taken = cifar10.fcntl.flock, []
+
+    def late(lock, how):
+        if not taken:
+            cifar10.PREPARED.rename("data/removed")
+        taken.append(flock(lock, how))
+
+    monkeypatch.setattr(cifar10.fcntl, "flock", late)
+    with cifar10.only_one(pytest.fail), open(cifar10.PREPARED / "run.lock") as lock:
+        with pytest.raises(BlockingIOError):
+            flock(lock, cifar10.fcntl.LOCK_EX | cifar10.fcntl.LOCK_NB)
+    assert len(taken) == 2
+
+
 def test_what_a_killed_preparation_left_goes_with_the_next(tmp_path):
     source = write_tree(tmp_path / "pictures", class_tree())
     left = tmp_path / "data" / "prepared" / ".unfinished"

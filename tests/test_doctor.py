@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,9 +116,7 @@ def test_a_full_disk(lines, monkeypatch):
     said = failing(lines(), "disk")
     assert ("0.0 GiB free for checkpoints/ and data/, where a full run takes about 4.0 GiB more. "
             "Cure: free some space for checkpoints/ and data/") in said
-    Path("data/prepared/some").mkdir(parents=True)
-    Path("data/prepared/some/info.json").touch()
-    assert "takes about 0.0 GiB more" in lines()[1]["disk"], "the data are there"
+    assert "takes about 0.0 GiB more" in lines("--dataset", "pictograms")[1]["disk"]
 
 
 def test_each_disk_is_looked_at(monkeypatch, tmp_path):
@@ -156,6 +155,11 @@ def test_data_that_can_be_used(lines, tmp_path):
     status, found = lines("--data-dir", "pictures")
     assert status == 0
     assert found["data"].startswith("ok    data       pictures: 10 pictures, fingerprint ")
+    assert "takes about 4.0 GiB more" in found["disk"]
+    name = re.search(r"fingerprint (\w+), to be prepared", found["data"])[1]
+    Path("data/prepared", name).mkdir(parents=True)
+    Path("data/prepared", name, "info.json").touch()
+    assert "takes about 0.0 GiB more" in lines("--data-dir", "pictures")[1]["disk"], "prepared"
     assert "built-in pictograms" in lines("--dataset", "pictograms")[1]["data"]
     (folder / "1.png").unlink()
     assert "no training pictures of truck" in failing(lines("--data-dir", "pictures"), "data")

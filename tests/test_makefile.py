@@ -338,19 +338,33 @@ def test_clean_refuses_while_something_writes_there(copy, target, name):
     assert folder.exists()
 
 
-def test_no_run_begins_between_the_question_of_clean_and_its_answer(copy):
-    (copy / "checkpoints").mkdir()
-    (copy / "checkpoints" / "best.pt").touch()
+@pytest.mark.parametrize("begun", [None, "generated_images/new", "checkpoints_overfit/quick-test"])
+def test_no_run_begins_between_the_question_of_clean_and_its_answer(copy, begun):
+    """Or, below a folder where nothing has been written yet, is spared."""
+    for name in ("checkpoints/best.pt", "generated_images/grid.png", "checkpoints_overfit/a.pt"):
+        (copy / name).parent.mkdir()
+        (copy / name).touch()
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "clean.py", "runs"], cwd=copy, stdin=theirs,
-                               stdout=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with open(theirs, closefd=True), open(ours, "wb", buffering=0) as terminal:
-        assert "best.pt" not in process.stdout.readline() and process.stdout.read(5)
-        with pytest.raises(RunInUse, match="in use by another process"):
-            claim(copy / "checkpoints")
+        assert [process.stdout.readline()[-9:-1] for _ in range(3)] == [
+            "ckpoints", "_overfit", "d_images"]
+        process.stdout.read(5)  # of the question
+        for name in ("checkpoints", "checkpoints_overfit", "generated_images"):
+            with pytest.raises(RunInUse, match="in use by another process"):
+                claim(copy / name)
+        if begun:
+            (copy / begun).mkdir()
+            lock = claim(copy / begun)
         terminal.write(b"y\n")
-        assert "removed 1 entries" in process.stdout.read() and process.wait() == 0
-    assert not (copy / "checkpoints").exists()
+        said = process.communicate(timeout=60)
+        assert process.returncode == (1 if begun else 0), said
+    if begun:
+        assert f"{begun} is in use" in said[1] and (copy / "checkpoints" / "best.pt").exists()
+        lock.close()
+    else:
+        assert not list(copy.glob("checkpoints*")) and not (copy / "generated_images").exists()
 
 
 @pytest.fixture

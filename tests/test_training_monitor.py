@@ -1,6 +1,8 @@
 """What a run writes down: records, lock, pictures."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,9 +110,26 @@ def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
             pass
     other.kill()
     other.wait()
+    with training_monitor.claim(tmp_path), pytest.raises(RunInUse, match="by another process"):
+        training_monitor.claim(tmp_path)  # run.json still names the one that was killed
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {})
         monitor.end("finished")
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """As `make clean` does between our opening and our locking it."""
+    path, flock, taken = tmp_path / "run.lock", fcntl.flock, []
+
+    def late(lock, how):
+        if not taken:
+            path.unlink()
+            path.touch()
+        taken.append(flock(lock, how))
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with training_monitor.acquire_lock(tmp_path) as lock:
+        assert os.path.samestat(os.fstat(lock.fileno()), path.stat()) and len(taken) == 2
 
 
 def test_a_reader_that_is_gone_does_not_end_the_run():
@@ -149,6 +168,8 @@ def test_what_a_full_disk_stops_is_named(tmp_path):
         with pytest.raises(OSError) as failure, writing(path), open("/dev/full", "w") as full:
             full.write("x")
         assert failure.value.filename == str(path)
+    with pytest.raises(OSError, match="^8 written$"), training_monitor.naming(path):
+        raise OSError("8 written")
     with pytest.raises(OSError) as failure, training_monitor.naming(path):
         open(tmp_path / "absent")
     assert failure.value.filename == str(tmp_path / "absent"), "which named itself"
