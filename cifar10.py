@@ -21,14 +21,14 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from config import CIFAR10_CLASSES, CLASS_NAMES, DataConfig
 
@@ -38,12 +38,6 @@ SPLITS = ("train", "test")
 # zipfile RuntimeError for what is encrypted or compressed in an unknown way.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error,
               lzma.LZMAError, zipfile.BadZipFile, Image.DecompressionBombError)
-# What undoes each orientation of EXIF 2.3, sec. 4.6.4.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked; what claims more is no picture but a trap
 SPLIT_OF = {"train": "train"} | dict.fromkeys(("test", "val", "valid", "validation"), "test")
 REPOSITORY_DATA = Path("data")
@@ -483,17 +477,13 @@ def decode(picture: Picture, side: int) -> np.ndarray | str:
 
 
 def turned(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF says that it is to be held.
-
-    ImageOps.exif_transpose would also write EXIF anew, which fails where cameras got it wrong.
-    """
-    image.load()  # a PNG's EXIF may follow its pixels
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except (*UNREADABLE, struct.error):  # it may be damaged where the pixels are whole
-        return image
-    turn = TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    """The picture as its EXIF says that it is to be held."""
+    image.load()  # what is wrong with its pixels must be seen
+    # EXIF may be damaged where the pixels are whole; and PIL, once the picture is turned, writes it
+    # anew, which fails where cameras got it wrong.
+    with suppress(*UNREADABLE, struct.error, TypeError):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def fitted(rgb: Image.Image, side: int) -> np.ndarray:

@@ -56,13 +56,6 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def parse_seeds(first: str, samples: str) -> list[int]:
-    """The seeds first, first + 1, ... of each class's pictures."""
-    rows = cli.parse_whole("--samples", samples, most=MOST_SAMPLES)
-    seed = cli.parse_seed(first, rows)
-    return list(range(seed, seed + rows))
-
-
 def set_aside(output: Path, class_names: tuple[str, ...]) -> None:
     """Move an earlier call's results into a folder of their own: samples.json describes all here.
 
@@ -178,7 +171,9 @@ class Album:
 
 def main() -> int:
     args = parse_arguments()
-    seeds = parse_seeds(args.seed, args.samples)
+    rows = cli.parse_whole("--samples", args.samples, most=MOST_SAMPLES)
+    first = cli.parse_seed(args.seed, rows)
+    seeds = list(range(first, first + rows))  # of each class's pictures
     processes = cli.join_processes()
     drawing = Drawing(
         args.checkpoint, cli.config_overrides(args), raw=args.raw, processes=processes
