@@ -72,11 +72,8 @@ REQUIRE_BASE = '$(BASE_PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 
 
 PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check -r
 # One make installs at a time; what another has installed meanwhile is not installed again.
-LOCK = '$(BASE_PYTHON)' -c $$'import fcntl, signal, sys\nsignal.signal(signal.SIGINT, \
-  signal.SIG_DFL)\ntry: fcntl.flock(9, int(sys.argv[1]))\nexcept BlockingIOError: \
-  sys.exit(75)\nexcept OSError: pass'
-ALONE = { exec 9>> requirements.txt; } 2> /dev/null; $(LOCK) 6 2> /dev/null; \
-  test $$? != 75 || { echo "waiting for another make, which is installing"; $(LOCK) 2; }
+ALONE = { exec 9>> requirements.txt; } 2> /dev/null; flock -n 9 2> /dev/null; \
+  test $$? != 1 || { echo "waiting for another make, which is installing"; flock 9; }
 INSTALLED = test -e $@ && test -z "$$(find $^ -newer $@)"
 
 .PHONY: help install demo data train overfit test quick-test report generate evaluate status monitor \
