@@ -136,6 +136,8 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    stopped_by = ["SIGTERM", "SIGINT", "SIGQUIT"] + ["SIGHUP"] * (not under_nohup)
     silent = {rank: Std.ALL for rank in range(gpus) if rank > 0 or not leader_here}
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         os.environ[cli.LAUNCH_FOLDER], folder = folder, Path(folder)
@@ -143,10 +145,7 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
             min_nodes=nodes, max_nodes=nodes, nproc_per_node=gpus, run_id=uuid.uuid4().hex
             if nodes == 1 else "training", max_restarts=restarts,
             logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=silent), **rendezvous,
-            signals_to_handle=",".join(
-                name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-                if (name, signal.getsignal(signal.SIGHUP)) != ("SIGHUP", signal.SIG_IGN)  # nohup
-            ),
+            signals_to_handle=",".join(stopped_by),
         ), sys.executable)
         try:
             processes(*script)

@@ -216,8 +216,9 @@ def stopping_on_signals(run: Run):
         asked_at, run.stop_signal = time.monotonic(), number
         say("stopping after this step; the run will be saved (once more: stop at once)")
 
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     earlier = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS
-               if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)}  # nohup
+               if number != signal.SIGHUP or not under_nohup}
     try:
         yield
     finally:

@@ -166,9 +166,11 @@ def test_interrupted_run_continues_to_the_same_weights(call, number):
     status, said = call(train_model, *full, "--fresh", "--epochs", 1)
     assert status == 0 and "checkpoints_1" in said
     command = [sys.executable, str(ROOT / "train_model.py"), *map(str, full), "--fresh"]
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+    signal.signal(signal.SIGHUP, earlier)
     for line in process.stdout:
         if line.startswith("step 1/"):
             process.send_signal(number)

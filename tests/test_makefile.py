@@ -26,11 +26,15 @@ VARIABLES = set(
 )
 
 
+def own_environment() -> dict[str, str]:
+    """That of the tests without what a make around them has set."""
+    return {k: v for k, v in os.environ.items() if k not in VARIABLES and "MAKE" not in k}
+
+
 def make(*arguments, folder=ROOT, environment={}) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if k not in VARIABLES and "MAKE" not in k}
     return subprocess.run(
-        ["make", *arguments], cwd=folder, env={**clean, **environment}, capture_output=True,
-        text=True,
+        ["make", *arguments], cwd=folder, env={**own_environment(), **environment},
+        capture_output=True, text=True,
     )
 
 
@@ -259,7 +263,7 @@ def test_two_at_once_install_once(copy):
     python.write_text("#!/bin/sh\necho $@ >> calls; sleep 3\n")
     python.chmod(0o755)
     command = ["make", "install", f"BASE_PYTHON={sys.executable}"]
-    both = [subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE,
+    both = [subprocess.Popen(command, cwd=copy, env=own_environment(), stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said

@@ -396,7 +396,7 @@ def test_pictures_and_scores_are_those_of_one_process(tmp_path):
         assert done.returncode == 0, said
         assert said.count("grid: ") == 1
         drawn[gpus] = {path.name: path.read_bytes() for path in tmp_path.glob(f"by_{gpus}/*")}
-    assert len(drawn[1]) == 32 and drawn[1].keys() == drawn[2].keys()
+    assert len(drawn[1]) == 33 and drawn[1].keys() == drawn[2].keys()  # with grid, facts and lock
     assert [name for name in drawn[1] if drawn[1][name] != drawn[2][name]] == []
 
     for label, name in enumerate(CLASS_NAMES):  # few, on which a classifier is trained at once
