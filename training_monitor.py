@@ -175,20 +175,25 @@ def owner(folder: Path) -> str:
     facts = read_json(folder / "run.json")
     if not facts.keys() >= {"started", "pid", "host", "state"} or facts["state"] != "running":
         return "another process"
-    if facts["host"] == socket.gethostname() and not Path(f"/proc/{facts['pid']}").exists():
-        return "another process"  # the one before was killed
     return f"process {facts['pid']} on {facts['host']} since {moment(facts['started'])}"
 
 
 def claim(folder: Path) -> TextIO | None:
     """The lock of a folder of results, as acquire_lock; None where there is no folder yet.
 
-    Raises RunInUse if a live process holds it, or if that cannot be told.
+    A run there that was killed is noted as such. Raises RunInUse if a live process holds the lock,
+    or if that cannot be told.
     """
     if folder.is_symlink() and not folder.exists():
         raise RunInUse(f"{folder} is a link to {os.readlink(folder)}, which is not there; mount "
                        "that disk, or remove the link")
-    return acquire_lock(folder) if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    lock, facts = acquire_lock(folder), read_json(folder / "run.json")
+    if facts.get("state") == "running":  # as it says of itself, but the lock is free
+        with suppress(OSError):  # on a full disk `make clean` must get on
+            write_json(folder / "run.json", facts | {"state": "died"})
+    return lock
 
 
 def moment(seconds: float) -> str:

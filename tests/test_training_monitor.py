@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import training_monitor
-from run_status import find_runs, format_status
+from run_status import find_runs, format_status, read_facts
 from training_monitor import (
     RunInUse,
     TrainingMonitor,
@@ -111,7 +111,8 @@ def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
     other.kill()
     other.wait()
     with training_monitor.claim(tmp_path), pytest.raises(RunInUse, match="by another process"):
-        training_monitor.claim(tmp_path)  # run.json still names the one that was killed
+        training_monitor.claim(tmp_path)  # run.json named the one that was killed
+    assert read_facts(tmp_path)["state"] == "died"
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {})
         monitor.end("finished")
