@@ -222,7 +222,9 @@ def stopping_on_signals(run: Run):
     try:
         yield
     finally:
-        for number, handler in earlier.items():
+        # Who was asked to stop may be asked again until it has ended, as by a launcher that is
+        # killed: the end of each of its threads may be told to its processes.
+        for number, handler in earlier.items() if not run.stop_signal else ():
             signal.signal(number, handler)
 
 

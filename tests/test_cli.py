@@ -381,7 +381,16 @@ def test_a_checkpoint_of_other_code_is_refused_with_its_name(call, monkeypatch):
         path.write_bytes(content)
 
 
-def test_one_request_to_stop_may_come_twice(monkeypatch):
+@pytest.fixture
+def handlers():
+    """Those of the signals that end a run, put back after the test."""
+    earlier = {number: signal.getsignal(number) for number in train_model.STOP_SIGNALS}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
+def test_one_request_to_stop_may_come_twice(monkeypatch, handlers):
     """make, launchers and schedulers hand on what the process has got already."""
     run, now = SimpleNamespace(stop_signal=0), [100.0]
     monkeypatch.setattr(train_model.time, "monotonic", lambda: now[0])
@@ -390,9 +399,17 @@ def test_one_request_to_stop_may_come_twice(monkeypatch):
             now[0] = 100 + seconds
             signal.raise_signal(signal.SIGTERM)
             assert run.stop_signal == signal.SIGTERM
-        now[0] = 102.1
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)  # while the report is written and the others are waited for
+    now[0] = 102.1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_nobody_stopped_leaves_signals_as_they_were(handlers):
+    before = signal.getsignal(signal.SIGTERM)
+    with train_model.stopping_on_signals(SimpleNamespace(stop_signal=0)):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_nohup_keeps_a_closed_terminal_from_stopping_the_run():
