@@ -195,6 +195,16 @@ def clear_away(mode: str, folder: Path) -> None:
     say(f"the earlier run was moved to {aside}")
 
 
+def clear_away_once(mode: str, folder: Path) -> None:
+    """clear_away, unless launch.py has started us again and what is there is this run's own."""
+    launched = os.environ.get(cli.LAUNCH_FOLDER)
+    if launched and has_cleared_away():
+        return
+    clear_away(mode, folder)
+    if launched:
+        Path(launched, cli.CLEARED).touch()
+
+
 def has_cleared_away() -> bool:
     """Whether this is a restart, after a process has died, and the run there is its own already."""
     if cli.LAUNCH_FOLDER in os.environ:
@@ -339,10 +349,8 @@ def main() -> int:
         machine=machine_name(device), total_steps=engine.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch, command=command, lock=lock,
     ) as run.monitor:
-        if saved is None and not (cli.LAUNCH_FOLDER in os.environ and has_cleared_away()):
-            clear_away(args.mode, folder)
-            if cli.LAUNCH_FOLDER in os.environ:
-                Path(os.environ[cli.LAUNCH_FOLDER], cli.CLEARED).touch()
+        if saved is None:
+            clear_away_once(args.mode, folder)
         say(describe(run, device))
         if config.train.warmup_steps >= engine.total_steps:
             say(f"the whole run lies within the {config.train.warmup_steps} steps of its warm-up; "
