@@ -158,9 +158,8 @@ def join_processes():
     if processes.LAUNCHED_BY not in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         print(f"waiting for {os.environ['WORLD_SIZE']} processes, which WORLD_SIZE in the "
               "environment speaks of", flush=True)
-    joined = processes.join()
-    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
-        sys.exit(mistake("launch.py ended while this process was starting"))
+    launcher = os.environ.get(LAUNCHER)
+    joined = processes.join(launcher and int(launcher))
     if not joined.leads:
         sys.stdout = open(os.devnull, "w")
     return joined
@@ -230,7 +229,7 @@ def status_of(main: Callable[[], int | None], user_errors: tuple[type[Exception]
 def mistake(sentence: object, status: int = 1) -> int:
     """Say what the user got wrong, or let launch.py say it once for all processes and restarts."""
     launched = os.environ.get(LAUNCH_FOLDER)
-    if not launched:
+    if not launched or not Path(launched).is_dir():  # launch.py removes it when it ends
         return complain(sentence, status)
     Path(launched, MISTAKE).write_text(str(sentence))
     return status

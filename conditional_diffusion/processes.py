@@ -124,14 +124,20 @@ def average_gradients(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
 
 
-def join() -> Processes:
+def join(launcher: int | None = None) -> Processes:
     """The processes that the environment speaks of, as torchrun sets it; else this one alone.
 
-    Raises NoMeeting where they do not find each other.
+    Args:
+        launcher: number of the process that started this one, where it is known.
+
+    Raises NoMeeting where they do not find each other, or the launcher has ended.
     """
     if LAUNCHED_BY in os.environ:
         # A launcher that is killed cannot end its processes: the system asks them to save and stop.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # Stopped while it starts others, torch's forgets those that it has started.
+    if launcher not in (None, os.getppid()):
+        raise NoMeeting("launch.py ended while this process was starting")
     world_size = number_in_environment("WORLD_SIZE", 1)
     if world_size == 1:
         return Processes()

@@ -465,7 +465,12 @@ def test_sigterm_to_launcher_and_processes_is_one_request(tmp_path):
 
 @pytest.mark.usefixtures("own_directory")
 def test_nohup_keeps_a_closed_terminal_from_stopping_the_launcher(tmp_path):
-    (tmp_path / "waiting.py").write_text("import time; print('ready', flush=True); time.sleep(600)")
+    (tmp_path / "waiting.py").write_text(
+        "import time\n"
+        "time.sleep(1)\n"  # torch forgets those it has started when a signal comes in between
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         launcher = launch(tmp_path, "waiting.py")
@@ -591,11 +596,13 @@ def test_a_script_for_several_machines_also_serves_one(monkeypatch):
     assert launcher.rendezvous_of(launcher.parse_arguments(), 1)["rdzv_backend"] == "c10d"
 
 
-@pytest.mark.usefixtures("own_directory")
-def test_a_process_whose_launcher_is_gone_does_not_start(call, monkeypatch):
-    monkeypatch.setenv(LAUNCHER, str(os.getpid()))  # not this process's parent
-    status, said = call(train_model, *TRAIN[1:])
-    assert status == 1 and "launch.py ended while this process was starting" in said
+@pytest.mark.usefixtures("free_port")  # where it would wait for the others
+def test_a_process_whose_launcher_is_gone_does_not_start(tmp_path):
+    gone = {LAUNCHER: "0", LAUNCH_FOLDER: str(tmp_path / "gone"), "WORLD_SIZE": "2", "RANK": "1"}
+    done = subprocess.run([sys.executable, ROOT / "train_model.py", *TRAIN[1:]], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120, env=os.environ | gone)
+    assert done.returncode == 1
+    assert done.stderr == "error: launch.py ended while this process was starting\n"
 
 
 @pytest.mark.usefixtures("own_directory")
