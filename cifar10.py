@@ -317,6 +317,9 @@ def prepare(data: DataConfig, *, progress: Progress, say: Callable[[str], None])
             write_info(unfinished, source, skipped, say)
             shutil.rmtree(folder, ignore_errors=True)  # without info.json it is no complete one
             unfinished.rename(folder)
+        except OSError as error:  # numpy has no name for its file, and no number for its reason
+            raise DataError(f"{folder} cannot be written ({error.strerror or error}); free some "
+                            "space on that disk") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -400,17 +403,10 @@ def read_member(archive: Path, name: str) -> bytes:
 def write_arrays(splits: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
     for split, (images, labels) in splits.items():
         for name, array in (("images", images), ("labels", labels)):
-            path = folder / f"{split}_{name}.npy"
-            try:
-                with open(path, "wb") as file:
-                    np.save(file, array)
-                    file.flush()
-                    os.fsync(file.fileno())  # before the folder gets the name of a complete one
-            except OSError as error:
-                raise DataError(
-                    f"{path} of {array.nbytes / 2**20:.0f} MiB cannot be written "
-                    f"({error.strerror or error}); free some space on that disk"
-                ) from error
+            with open(folder / f"{split}_{name}.npy", "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())  # before the folder gets the name of a complete one
 
 
 def write_pictures(

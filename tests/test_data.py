@@ -203,14 +203,15 @@ def test_prepared_data_of_which_a_part_was_deleted_are_prepared_anew(tmp_path):
     assert info.exists()
 
 
-def test_a_disk_that_fills_up_while_preparing_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, name", [(np, "save"), (Path, "write_text")])
+def test_a_disk_that_fills_up_while_preparing_is_named(tmp_path, monkeypatch, kind, name):
     source = write_tree(tmp_path / "pictures", class_tree())
 
     def full(file, array):
         raise OSError("3145728 requested and 8192 written")  # as numpy says it
 
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(DataError, match="train_images.npy of .* MiB cannot be written .3145728"):
+    monkeypatch.setattr(kind, name, full)
+    with pytest.raises(DataError, match="data/prepared/.* cannot be written .3145728 requested"):
         load(data_dir=str(source))
     assert nothing_prepared(Path())
 
