@@ -1,6 +1,7 @@
 # Train and sample a class-conditional diffusion model. `make` alone prints help.
 #
-# Without PYTHON= every target prepares .venv first; with it that interpreter is used as it is.
+# Without PYTHON= targets that need packages prepare .venv first; with it that interpreter is used as
+# it is.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -85,15 +86,15 @@ help:  ## This list
 	@echo
 	@echo "variables: DATA_DIR DATASET EPOCHS BATCH_SIZE SAMPLES SEED CLASSES SAMPLER STEPS GUIDANCE"
 	@echo "           OUTPUT GRID=1 (no single pictures) TRAJECTORY=1 (noise to picture, animated)"
-	@echo "           PICTURES=folder SWEEP=1,2,3 (of evaluate)"
+	@echo "           PICTURES=folder SWEEP=1,2,3 (of evaluate) RUN=folder (of report)"
 	@echo "           GPUS NODES NODE_RANK RENDEZVOUS RESTARTS (several GPUs or machines)"
 	@echo "           CHECKPOINT DEVICE FRESH=1 CONFIRM=yes PYTHON (use this interpreter as it is)"
-	@echo "           ARGS='--train.learning_rate 3e-4' (any setting; python train_model.py --help)"
+	@echo "           ARGS='--train.learning_rate 3e-4' (any setting; make train ARGS=--help)"
 
 install: $(ENVIRONMENT)  ## Create .venv and install requirements.txt; repeated: nothing to do
 	@echo "ready: $(PYTHON)"
 
-demo: $(ENVIRONMENT)  ## The whole product on a laptop CPU, offline: train small, draw a grid
+demo: $(ENVIRONMENT)  ## The whole product on a laptop CPU: train small, draw a grid
 	@$(LAUNCH) train_model.py --demo $(TRAIN_FLAGS)
 	@'$(PYTHON)' generate_samples.py checkpoints_demo --samples 4 --output generated_images/demo \
 	  $(call flag,DEVICE)

@@ -183,7 +183,7 @@ class TrainConfig(Section):
         least=0, most=1,
     )
     ema_halflife_images: int = option(
-        500_000, "half-life of the weight average, in images", least=1
+        500_000, "longest half-life of the weight average, in images", least=1
     )
     ema_rampup_ratio: float = option(
         0.1, "the half-life is at most this share of the images seen, so short runs average too",

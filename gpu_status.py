@@ -182,7 +182,7 @@ def diagnose(facts: Facts) -> tuple[bool, str]:
         return False, ("This torch has no kernels for cuda:0. Cure: choose another GPU with "
                        f"CUDA_VISIBLE_DEVICES, or else {replace_torch(other)}")
     if NOT_INSTALLED in facts.gpus or "No devices were found" in facts.gpus:
-        return True, ("Training works on the CPU, only smaller and slower; to use an NVIDIA GPU "
+        return True, ("Training works on the CPU, only much slower; to use an NVIDIA GPU "
                       "install its driver.")
     if isinstance(facts.gpus, str):
         return False, ("The NVIDIA driver does not work. Cure: restart the machine (needed after a "

@@ -91,7 +91,7 @@ def validation_findings(train: Sequence[dict], validation: Sequence[dict]) -> li
     if last["loss_ema"] > LAG * last["loss"]:
         found.append(
             f"the EMA weights lag behind the raw ones (validation loss {last['loss_ema']:.4g} "
-            f"against {last['loss']:.4g}); if that lasts, lower train.ema_halflife_images"
+            f"against {last['loss']:.4g}); if that lasts, lower train.ema_rampup_ratio"
         )
     if last.get("loss_null", 0) > NULL * last["loss_ema"]:
         found.append(

@@ -87,7 +87,7 @@ def test_a_good_validation_finds_nothing():
 
 def test_an_average_that_lags_is_found():
     (finding,) = validation_findings(records(falling(60)), validation(0.2, 0.1, ema=0.12))
-    assert "EMA weights lag" in finding and "ema_halflife_images" in finding
+    assert "EMA weights lag" in finding and "ema_rampup_ratio" in finding
 
 
 def test_a_null_label_that_is_not_trained_is_found():
