@@ -62,7 +62,8 @@ def parse_arguments():
     parser.add_argument("--no-inception", action="store_true", help="leave FID, KID, ... out")
     parser.add_argument("--output", metavar="DIR",
                         help="where scores and drawings go (evaluation/ beside what is scored)")
-    cli.add_config_flags(parser, REFERENCE_SETTINGS, defaults="the checkpoint's; with --pictures the full run's")
+    cli.add_config_flags(parser, REFERENCE_SETTINGS,
+                         defaults="the checkpoint's; with --pictures the full run's")
     cli.add_drawing_flags(parser)
     return parser.parse_args()
 

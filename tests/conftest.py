@@ -1,4 +1,4 @@
-"""What several test files share: the import path, the markers and a network for the CPU."""
+"""What several test files share: the import path, the markers, a small network, its settings."""
 
 import os
 import sys
@@ -14,28 +14,30 @@ from torch.utils._triton import has_triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conditional_diffusion import CosineNoiseScheduler, UNet  # noqa: E402
+import config as settings  # noqa: E402
+from build import build_model  # noqa: E402
+from conditional_diffusion import CosineNoiseScheduler, UNet, save_checkpoint  # noqa: E402
 
 TINY = {
     "image_size": 16, "base_channels": 16, "channel_mult": (1, 2), "num_res_blocks": (1, 1),
     "attention_sizes": (4,), "patch_size": 2, "time_embed_dim": 16, "class_embed_dim": 16,
 }
-# The same as flags of the scripts, with a chain of 50 timesteps.
-TINY_FLAGS = [
-    "--device", "cpu", "--data.image_size", "16", "--model.base_channels", "16",
-    "--model.channel_mult", "1,2", "--model.num_res_blocks", "1,1", "--model.attention_sizes", "4",
-    "--model.patch_size", "2", "--diffusion.num_train_timesteps", "50",
-    "--sample.num_inference_steps", "5", "--sample.grid_steps", "3",
-    "--train.validation_images", "10",
-]
+# Nearly the same as settings of a run and as flags of the scripts, with a chain of 50 timesteps.
+TINY_SETTINGS = {
+    "data.image_size": "16", "model.base_channels": "16", "model.channel_mult": "1,2",
+    "model.num_res_blocks": "1,1", "model.attention_sizes": "4", "model.patch_size": "2",
+    "diffusion.num_train_timesteps": "50", "sample.num_inference_steps": "5",
+    "sample.grid_steps": "3", "train.validation_images": "10",
+}
+TINY_FLAGS = ["--device", "cpu"]
+TINY_FLAGS += [word for name, value in TINY_SETTINGS.items() for word in (f"--{name}", value)]
 PICTOGRAMS = [*TINY_FLAGS, "--dataset", "pictograms"]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs CUDA; run with -m gpu")
     if not config.option.markexpr:
-        config.option.markexpr = "not slow and not gpu"
+        config.option.markexpr = "not gpu"
 
 
 def assert_identical(actual, expected, where="state"):
@@ -51,7 +53,31 @@ def assert_identical(actual, expected, where="state"):
         for i, pair in enumerate(zip(actual, expected)):
             assert_identical(*pair, f"{where}[{i}]")
     else:
-        assert actual == expected, where
+        assert type(actual) is type(expected) and actual == expected, where
+
+
+def wake(model: UNet, seed: int = 0) -> UNet:
+    """The model with small noise in the parameters that start at zero.
+
+    At initialisation these silence most of the network, so that tests of what it does with its
+    inputs would pass or fail for nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+def make_checkpoint(folder: str, class_names=settings.CLASS_NAMES, **more) -> Path:
+    """That of an untrained network which listens, for what needs no training."""
+    config = settings.apply_overrides(settings.demo(), {**TINY_SETTINGS, **more})
+    model, _ = build_model(config, "cpu", len(class_names))
+    raw = {name: value.clone() for name, value in model.state_dict().items()}
+    return save_checkpoint(Path(folder), {
+        "config": settings.to_dict(config), "class_names": list(class_names), "step": 12,
+        "images_seen": 120, "model": raw, "ema": wake(model).state_dict(), "optimizers": [],
+    }, keep=1)
 
 
 @pytest.fixture
@@ -67,21 +93,8 @@ def tiny_model():
 
 @pytest.fixture
 def awake_model(tiny_model):
-    """As tiny_model, with small noise in the parameters that start at zero.
-
-    At initialisation these silence most of the network, so that tests of what it does with its
-    inputs would pass or fail for nothing.
-    """
-
-    def build(seed: int = 0, **overrides) -> UNet:
-        model = tiny_model(seed, **overrides)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.data.normal_(std=0.1, generator=generator)
-        return model
-
-    return build
+    """As tiny_model, woken."""
+    return lambda seed=0, **overrides: wake(tiny_model(seed, **overrides), seed)
 
 
 @pytest.fixture
@@ -101,6 +114,17 @@ def device_of_the_test(request, monkeypatch):
         has_triton.cache_clear()  # what it found where a test was to see no GPU
     else:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """What launchers and job templates leave in the environment is not for the tests."""
+    for name in list(os.environ):
+        if name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") or (
+            name.startswith(("TORCHELASTIC_", "TRAINING_"))
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "*")  # servers of the tests are on this machine
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ torch's FakeTensorMode raises where tensors of two devices meet, and where the h
 number that only the GPU has. Backward passes, and copies that wait, need a real one.
 """
 
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -64,13 +65,19 @@ def test_what_several_processes_need_later_is_held_free_in_the_rehearsal(gpu):
     engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3,
                             processes=Processes(0, 2))
     weights, empty = sum(parameter.nbytes for parameter in model.parameters()), torch.empty
-    with (
-        patch("torch.empty", side_effect=empty) as allocate,
-        patch.object(engine, "_compute_gradients_in_parts") as compute,
-    ):
+    made, held = [], []
+
+    def kept(*size, **options):
+        made.append(weakref.ref(tensor := empty(*size, **options)))
+        return tensor
+
+    def compute(*arguments):
+        held.extend(tensor for known in made if (tensor := known()) is not None)
+
+    with patch("torch.empty", kept), patch.object(engine, "_compute_gradients_in_parts", compute):
         engine.rehearse(None, None)
-    (held,) = allocate.call_args.args
-    assert held > weights and allocate.call_args.kwargs["device"] == GPU and compute.called
+    (reserve,) = held
+    assert reserve.nbytes > weights and reserve.device.type == "cuda"
 
 
 def some_images(count: int, size: int = 8) -> torch.Tensor:

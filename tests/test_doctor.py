@@ -27,6 +27,9 @@ FLAGS = TINY_FLAGS
 def lines(call, monkeypatch):
     """lines(*flags) -> (exit status, {check: its line})."""
     monkeypatch.setattr("cifar10.SEARCH_PATH", (Path("data/cifar10-128x128"),))
+    monkeypatch.setattr(memory, "available_cpu_memory", lambda: 2**34)
+    usage = shutil.disk_usage(".")._replace(free=2**40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
 
     def run(*flags) -> tuple[int, dict[str, str]]:
         status, said = call(doctor, *FLAGS, *flags)

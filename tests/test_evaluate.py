@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PICTOGRAMS, assert_one_sentence
+from conftest import PICTOGRAMS, assert_one_sentence, make_checkpoint
 from matplotlib.figure import Figure
 from PIL import ExifTags, Image
 
@@ -260,8 +260,35 @@ def test_distances_stand_beside_those_of_as_many_held_out_pictures(evaluator, sp
     assert at_n_floor(fewer, "frechet_distance") == ""
 
 
+def test_every_score_stands_beside_its_own_floor():
+    record = {
+        "n": 20, "n_floor": 10, "agreement": 0.91, "frechet_distance": 1.5,
+        "frechet_distance_floor": 2.5, "frechet_distance_at_n_floor": 3.5,
+        "agreement_by_class": {name: 0.1 * i for i, name in enumerate(CLASS_NAMES)},
+        "near_copies_features": 0.01, "near_copies_features_floor": 0.02,
+        "near_copies_pixels": 0.03, "near_copies_pixels_floor": 0.04,
+        "colour": {"mean": [1, 2, 3], "std": [4, 5, 6]},
+        "colour_data": {"mean": [11, 12, 13], "std": [14, 15, 16]},
+        "inception": {"n": 20, "n_floor": 10, "fid": 7.5, "fid_at_n_floor": 8.5, "precision": 0.5,
+                      "floor": {"fid": 9.5, "precision": 0.6}},
+        "reference": {"train": 300, "image_size": 32, "classifier_accuracy": 0.88},
+    }
+    assert [line.strip() for line in evaluate_samples.report_lines(record)] == [
+        "class agreement    91.0 %, lowest airplane 0 %, automobile 10 %, bird 20 %",
+        "Frechet distance   1.5 in the classifier's features (of 10 pictures 3.5, held-out "
+        "pictures 2.5)",
+        "near copies        1.0 % by features (held-out 2.0 %), 3.0 % by pixels (held-out 4.0 %)",
+        "colour, samples    mean 1.0 2.0 3.0, std 4.0 5.0 6.0 (0 to 255)",
+        "colour, data       mean 11.0 12.0 13.0, std 14.0 15.0 16.0 (0 to 255)",
+        "FID                7.5 (of 10 pictures 8.5, held-out pictures 9.5)",
+        "precision          0.5 (held-out pictures 0.6)",
+        "n 20 (held-out 10); reference: 300 pictures at 32x32; the classifier is right on 88.0 % "
+        "of held-out pictures",
+    ]
+
+
 def test_a_checkpoint_of_other_classes_is_refused(call, monkeypatch):
-    call(train_model, *FULL)
+    make_checkpoint("checkpoints")
     monkeypatch.setattr(evaluate_samples, "CLASS_NAMES", ("boat", *CLASS_NAMES[1:]))
     status, said = call(evaluate_samples, "--no-inception")
     assert status == 1
@@ -287,10 +314,9 @@ def test_a_checkpoint_of_other_classes_is_refused(call, monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence(call, arguments, word):
-    if arguments[0] not in ("--pictures", "--inception-weights"):
-        call(train_model, *FULL)
+    make_checkpoint("checkpoints", **{"train.class_dropout_prob": "0.1"})
     status, said = call(evaluate_samples, *arguments, "--no-inception")
-    assert status != 0
+    assert status == (2 if word == "unknown argument" else 1)
     assert_one_sentence(said, word)
 
 
@@ -308,7 +334,7 @@ def test_a_sweep_is_drawn_of_what_was_measured(tmp_path):
 
 
 def test_a_place_that_takes_no_scores_is_found_out_before_drawing(call):
-    call(train_model, *FULL)
+    make_checkpoint("checkpoints")
     Path("taken").write_text("a file")
     status, said = call(evaluate_samples, "--output", "taken", "--no-inception")
     assert status == 1

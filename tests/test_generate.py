@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, assert_identical, assert_one_sentence
+from conftest import assert_identical, assert_one_sentence, make_checkpoint
 from PIL import Image
 
-import config as settings
 import drawing
 import generate_samples
-from build import build_model
-from conditional_diffusion import UNet, memory, save_checkpoint
+from conditional_diffusion import UNet, memory
 from conditional_diffusion.memory import fitting_batch_size
 from config import CLASS_NAMES
 from data import to_arrays
@@ -25,22 +23,6 @@ from training_monitor import acquire_lock
 pytestmark = pytest.mark.usefixtures("own_directory")
 OUT = Path("generated_images")
 GIB = 2**30
-
-
-def make_checkpoint(folder: str, num_classes: int = len(CLASS_NAMES), **more: str) -> Path:
-    """An untrained network whose parameters that start at zero got noise, so that it listens."""
-    overrides = dict(zip(TINY_FLAGS[2::2], TINY_FLAGS[3::2]))
-    overrides = {name.removeprefix("--"): value for name, value in overrides.items()}
-    config = settings.apply_overrides(settings.demo(), {**overrides, **more})
-    model, _ = build_model(config, "cpu", num_classes)
-    raw = {name: value.clone() for name, value in model.state_dict().items()}
-    for parameter in model.parameters():
-        if not parameter.any():
-            parameter.data.normal_(std=0.1)
-    return save_checkpoint(Path(folder), {
-        "config": settings.to_dict(config), "class_names": list(CLASS_NAMES), "step": 12,
-        "images_seen": 120, "model": raw, "ema": model.state_dict(), "optimizers": [],
-    }, keep=1)
 
 
 @pytest.fixture
@@ -98,10 +80,9 @@ def test_best_is_drawn_from_where_nothing_else_was_kept(monkeypatch):
     assert drawing.open_checkpoint("~/run")[0] == Path("run/best.pt").absolute()
 
 
-def test_a_checkpoint_brings_its_own_classes(call, monkeypatch):
+def test_a_checkpoint_brings_its_own_classes(call):
     """Drawing needs no CLASS_NAMES that fit, only as many as the checkpoint was trained on."""
-    monkeypatch.setattr("test_generate.CLASS_NAMES", ("circle", "square"))
-    path = make_checkpoint("shapes", num_classes=2)
+    path = make_checkpoint("shapes", ("circle", "square"))
     assert call(generate_samples, path, "--device", "cpu", "--samples", 1)[0] == 0
     assert {path.name for path in OUT.glob("*_0000.png")} == {"circle_0000.png", "square_0000.png"}
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,9 @@ VARIABLES = set(
 
 
 def own_environment() -> dict[str, str]:
-    """That of the tests without what a make around them has set."""
-    return {k: v for k, v in os.environ.items() if k not in VARIABLES and "MAKE" not in k}
+    """That of the tests without what a make around them has set; what make says is English."""
+    kept = {k: v for k, v in os.environ.items() if k not in VARIABLES and "MAKE" not in k}
+    return kept | {"LC_ALL": "C.UTF-8"}
 
 
 def make(*arguments, folder=ROOT, environment={}) -> subprocess.CompletedProcess:
@@ -260,13 +262,22 @@ def test_two_at_once_install_once(copy):
     """As `make train` in one terminal and `make doctor` in another, both for the first time."""
     (copy / ".venv" / "bin").mkdir(parents=True)
     python = copy / ".venv" / "bin" / "python"
-    python.write_text("#!/bin/sh\necho $@ >> calls; sleep 3\n")
+    python.write_text("#!/bin/sh\necho $@ >> calls; until test -e go; do sleep 0.1; done\n")
     python.chmod(0o755)
     command = ["make", "install", f"BASE_PYTHON={sys.executable}"]
-    both = [subprocess.Popen(command, cwd=copy, env=own_environment(), stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=60)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    outputs = [copy / "first", copy / "second"]
+    both = []
+    for path in outputs:
+        with open(path, "w") as output:
+            both.append(subprocess.Popen(command, cwd=copy, env=own_environment(), stdout=output,
+                                         stderr=subprocess.STDOUT))
+    deadline = time.monotonic() + 60
+    while not any("waiting" in path.read_text() for path in outputs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (copy / "go").touch()
+    assert [process.wait(60) for process in both] == [0, 0]
+    said = [path.read_text() for path in outputs]
     installing = ["installing requirements.txt into .venv (PyTorch is large: minutes)"]
     waiting = ["waiting for another make, which is installing"]
     ready = ["ready: .venv/bin/python"]
@@ -371,6 +382,29 @@ def test_no_run_begins_between_the_question_of_clean_and_its_answer(copy, begun)
         assert not list(copy.glob("checkpoints*")) and not (copy / "generated_images").exists()
 
 
+@pytest.mark.parametrize("answer", ["n", "", "yess"])
+def test_clean_asked_at_a_terminal_removes_nothing_without_a_yes(copy, answer):
+    (copy / "checkpoints").mkdir()
+    (copy / "checkpoints" / "best.pt").touch()
+    ours, theirs = pty.openpty()
+    with open(theirs, closefd=True), open(ours, "wb", buffering=0) as terminal:
+        terminal.write(f"{answer}\n".encode())
+        result = subprocess.run([sys.executable, "clean.py", "runs"], cwd=copy, stdin=theirs,
+                                capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "nothing was removed" in result.stdout
+    assert (copy / "checkpoints" / "best.pt").exists()
+
+
+def test_a_process_that_does_not_end_when_asked_is_killed(monkeypatch):
+    monkeypatch.setattr(clean, "GRACE_SECONDS", 0.2)
+    deaf = ("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+            "print('ready', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        clean.end(process.pid)
+        assert process.wait(60) == -signal.SIGKILL
+
+
 @pytest.fixture
 def orphan(copy):
     """orphan(script): a process of the copy whose parent has died; ended after the test."""
@@ -432,10 +466,11 @@ def test_clean_cuda_ends_own_leftovers_and_nothing_else(copy, orphan, tmp_path, 
 
 
 def test_clean_cuda_asks_before_the_caches_of_all_programs_go(copy, tmp_path):
-    cache = tmp_path / ".triton" / "cache"
+    cache, inductor = tmp_path / ".triton" / "cache", tmp_path / "torchinductor_me"
     cache.mkdir(parents=True)
+    inductor.mkdir()
     here = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     refused = make("clean-cuda", folder=copy, environment=here)
     assert refused.returncode != 0 and "all your programs" in refused.stderr and cache.exists()
     assert make("clean-cuda", "CONFIRM=yes", folder=copy, environment=here).returncode == 0
-    assert not cache.exists()
+    assert not cache.exists() and not inductor.exists()

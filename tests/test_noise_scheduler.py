@@ -37,14 +37,6 @@ def test_alphas_cumprod_is_the_published_cosine(T):
     assert_close(actual.double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("image_size", [16, 32, 128])
-def test_every_step_adds_noise_and_the_first_already_does(image_size):
-    scheduler = CosineNoiseScheduler(1000, image_size=image_size, reference_size=32)
-    assert scheduler.alphas_cumprod[0] < 1
-    assert (scheduler.alphas_cumprod.diff() < 0).all()
-    assert scheduler.alphas_cumprod[-1] > 0
-
-
 def test_stored_betas_and_snr_follow_from_alphas_cumprod():
     scheduler = CosineNoiseScheduler(50)
     abar = torch.tensor(published_alphas_cumprod(50), dtype=torch.float64)

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,12 +14,13 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
-from command_line import LAUNCH_FOLDER, LAUNCHER, MISTAKE, status_of
+from command_line import COMMAND, LAUNCH_FOLDER, LAUNCHER, MISTAKE, status_of
 
 import pytest
 import torch
-from conftest import PICTOGRAMS, TINY, assert_identical
+from conftest import PICTOGRAMS, TINY, TINY_SETTINGS, assert_identical, wake
 from PIL import Image
 
 import launch as launcher
@@ -34,9 +37,10 @@ from conditional_diffusion import (
 from conditional_diffusion.checkpoint import CheckpointError, WriteError
 from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
-from config import CLASS_NAMES, DataConfig
+from config import CLASS_NAMES, ConfigError, DataConfig, apply_overrides, full
 from data import TrainingBatches, draw_pictograms
 from training_monitor import read_metrics
+from training_run import Run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5
@@ -82,7 +86,7 @@ def free_port(monkeypatch) -> int:
 
 
 def test_without_a_launcher_the_others_are_not_waited_for_forever(monkeypatch, free_port):
-    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.1))
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(processes.NoMeeting, match=f"nobody answers at .*:{free_port}"):
@@ -146,10 +150,7 @@ def build_engine(group: Processes) -> tuple[TrainingEngine, TrainingBatches]:
     splits = draw_pictograms(DataConfig(image_size=16, samples_per_class=3), seed=0)
     scheduler = CosineNoiseScheduler(50)
     torch.manual_seed(0)
-    model = UNet(scheduler.alphas_cumprod, **TINY)
-    for parameter in model.parameters():
-        if not parameter.any():
-            parameter.data.normal_(std=0.1)
+    model = wake(UNet(scheduler.alphas_cumprod, **TINY))
     engine = TrainingEngine(model, scheduler, total_steps=STEPS, learning_rate=1e-3,
                             max_skipped_steps=0, processes=group)
     batches = TrainingBatches(splits["train"], DataConfig(image_size=16), 10, 0, "cpu", group.share)
@@ -188,6 +189,15 @@ def compile_in_the_first_of_two(group: Processes) -> tuple[bool, dict]:
     without = engine.network is engine.model
     engine.train_step(*batch)
     return without, engine.state_dict()["model"]
+
+
+def draw_grid(group: Processes) -> torch.Tensor:
+    """Three rows of a run's grid, which two processes share in the middle of the second."""
+    small = {"train.device": "cpu", "train.batch_size": "10", "sample.batch_size": "5"}
+    config = apply_overrides(full(), TINY_SETTINGS | small)
+    splits = draw_pictograms(DataConfig(image_size=16, samples_per_class=3), seed=0)
+    run = Run(config, Path(), splits, torch.device("cpu"), None, group)
+    return run.sample(wake(run.model), 3, grid=True)
 
 
 def wish_differently(joined: Processes) -> list[list[bool]]:
@@ -255,6 +265,13 @@ def assert_same_training(found, expected) -> None:
 def test_a_wish_of_any_process_is_heard_by_all_at_the_next_step(together):
     answers = [[False, False], [True, False], [False, True]]
     assert together(2, wish_differently) == [answers, answers]
+
+
+def test_a_grid_is_that_of_one_process(together):
+    alone = draw_grid(Processes())
+    assert len(alone.unique(dim=0)) == 30
+    for found in together(2, draw_grid):
+        assert_identical(found, alone)
 
 
 @pytest.mark.parametrize("world_size, micro_batches", [(2, 1), (2, 2), (4, 1)])
@@ -353,13 +370,27 @@ def test_other_data_than_the_leaders_is_refused():
         train_model.require_equal_data("mine", None, Path("run"), Pretended(1, 2))
 
 
-def launch(folder: Path, *arguments, gpus: int = 2, **environment) -> subprocess.Popen:
-    """One thread per process: more of them than cores would mostly wait for each other."""
-    command = [sys.executable, ROOT / "launch.py", "--gpus", str(gpus), *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )
+@pytest.fixture
+def launch():
+    """launch(folder, *arguments of launch.py, gpus=2, **environment): started, and ended at last.
+
+    One thread per process: more of them than cores would mostly wait for each other.
+    """
+    started = []
+
+    def start(folder: Path, *arguments, gpus: int = 2, **environment) -> subprocess.Popen:
+        command = [sys.executable, ROOT / "launch.py", "--gpus", str(gpus), *arguments]
+        started.append(subprocess.Popen(
+            command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 TRAIN = [ROOT / "train_model.py", "--full", *PICTOGRAMS, "--samples", "10", "--batch-size", "10",
@@ -380,12 +411,14 @@ def workers(launcher: subprocess.Popen) -> list[int]:
 def wait_for_checkpoint(folder: Path, launcher: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/checkpoint_*.pt")):
-        assert launcher.poll() is None and time.monotonic() < deadline, launcher.stdout.read()
+        if launcher.poll() is not None or time.monotonic() > deadline:
+            launcher.kill()
+            pytest.fail(launcher.communicate()[0])
         time.sleep(0.02)
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_pictures_and_scores_are_those_of_one_process(tmp_path):
+def test_pictures_and_scores_are_those_of_one_process(launch, tmp_path):
     """Three rows for two processes; the same batches, so that the pictures are equal to the bit."""
     assert launch(tmp_path, *TRAIN, "--epochs", "1", gpus=1).wait() == 0
     drawn = {}
@@ -417,7 +450,7 @@ def test_pictures_and_scores_are_those_of_one_process(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_launched_run_ends_well_and_only_one_process_speaks(tmp_path):
+def test_launched_run_ends_well_and_only_one_process_speaks(launch, tmp_path):
     launcher = launch(tmp_path, *TRAIN, "--epochs", "1")
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 0, said
@@ -427,7 +460,7 @@ def test_launched_run_ends_well_and_only_one_process_speaks(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_a_killed_process_ends_the_run_with_its_name(tmp_path):
+def test_a_killed_process_ends_the_run_with_its_name(launch, tmp_path):
     launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
     wait_for_checkpoint(tmp_path, launcher)
     victim = workers(launcher)[1]
@@ -439,7 +472,38 @@ def test_a_killed_process_ends_the_run_with_its_name(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_sigterm_saves_and_ends_all(tmp_path):
+def test_what_a_failing_process_said_is_shown(launch, tmp_path):
+    (tmp_path / "failing.py").write_text(
+        "import os, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    raise ValueError('no luck')\n"
+        "time.sleep(600)\n"
+    )
+    said = (launcher := launch(tmp_path, "failing.py")).communicate(timeout=120)[0]
+    assert launcher.returncode == 1
+    reason, sentence = said.splitlines()[-2:]
+    assert reason == "ValueError: no luck"
+    assert re.match(r"error: process 1 \(pid \d+\) failed with status 1, for the reason above; the "
+                    "others were ended. To continue from the last checkpoint: ", sentence)
+
+
+def test_what_the_launcher_tells_its_processes(monkeypatch):
+    monkeypatch.setattr(launcher, "launch", lambda *arguments, **options: 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(9)))
+    command = ["launch.py", "--gpus", "2", str(TRAIN[0]), "--full"]
+    monkeypatch.setattr(sys, "argv", [*command, "--fresh"])
+    with patch.dict(os.environ):
+        os.environ.pop("OMP_NUM_THREADS", None)
+        assert launcher.main() == 7
+        assert os.environ["OMP_NUM_THREADS"] == "4"
+        assert os.environ[launcher.STOPPING_TIMEOUT] == "300"  # as docs/reliability.md says
+        # What continues the run must not begin it anew.
+        assert os.environ[COMMAND] == shlex.join([sys.executable, *command])
+    logging.disable(logging.NOTSET)  # which it has switched off for a process of its own
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_sigterm_saves_and_ends_all(launch, tmp_path):
     launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
     wait_for_checkpoint(tmp_path, launcher)
     pids = workers(launcher)
@@ -452,7 +516,7 @@ def test_sigterm_saves_and_ends_all(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_sigterm_to_launcher_and_processes_is_one_request(tmp_path):
+def test_sigterm_to_launcher_and_processes_is_one_request(launch, tmp_path):
     """As schedulers send it."""
     launcher = launch(tmp_path, *TRAIN, "--epochs", "10000")
     wait_for_checkpoint(tmp_path, launcher)
@@ -463,14 +527,22 @@ def test_sigterm_to_launcher_and_processes_is_one_request(tmp_path):
     assert "stopped and saved at step" in said and "error" not in said
 
 
+# Two of these wait for each other, and then for the launcher to be through with starting them:
+# torch forgets those it has started when a signal comes in between.
+WAITING = """
+import os, pathlib, time
+pathlib.Path(os.environ["RANK"]).touch()
+while not (pathlib.Path("0").exists() and pathlib.Path("1").exists()):
+    time.sleep(0.01)
+time.sleep(1)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.mark.usefixtures("own_directory")
-def test_nohup_keeps_a_closed_terminal_from_stopping_the_launcher(tmp_path):
-    (tmp_path / "waiting.py").write_text(
-        "import time\n"
-        "time.sleep(1)\n"  # torch forgets those it has started when a signal comes in between
-        "print('ready', flush=True)\n"
-        "time.sleep(600)\n"
-    )
+def test_nohup_keeps_a_closed_terminal_from_stopping_the_launcher(launch, tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         launcher = launch(tmp_path, "waiting.py")
@@ -485,14 +557,9 @@ def test_nohup_keeps_a_closed_terminal_from_stopping_the_launcher(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_processes_that_do_not_stop_are_killed_aloud(tmp_path):
-    (tmp_path / "stubborn.py").write_text(
-        "import signal, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "time.sleep(1)\n"  # the launcher has to be through with starting others
-        "print('ready', flush=True)\n"
-        "time.sleep(600)\n"
-    )
+def test_processes_that_do_not_stop_are_killed_aloud(launch, tmp_path):
+    ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    (tmp_path / "stubborn.py").write_text(ignoring + WAITING)
     launcher = launch(tmp_path, "stubborn.py", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
     assert launcher.stdout.readline() == "ready\n"
     launcher.send_signal(signal.SIGTERM)
@@ -504,13 +571,13 @@ def test_processes_that_do_not_stop_are_killed_aloud(tmp_path):
 
 @pytest.mark.usefixtures("own_directory")
 @pytest.mark.parametrize("flags, gpus", [([], 2), (["--restarts", "1"], 1)])
-def test_a_killed_launcher_leaves_no_process_and_no_step_behind(tmp_path, flags, gpus):
+def test_a_killed_launcher_leaves_no_process_and_no_step_behind(launch, tmp_path, flags, gpus):
     launcher = launch(tmp_path, *flags, *TRAIN, "--epochs", "10000", gpus=gpus)
     wait_for_checkpoint(tmp_path, launcher)
     pids = workers(launcher)
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -525,7 +592,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_two_launchers_stand_for_two_machines(tmp_path):
+def test_two_launchers_stand_for_two_machines(launch, tmp_path):
     """On loopback, each in a directory of its own: results appear on machine 0 alone; when a
     process of machine 1 is killed, both end and go on."""
     with socket.socket() as free:
@@ -549,7 +616,7 @@ def test_two_launchers_stand_for_two_machines(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_a_restart_goes_on_from_the_last_checkpoint(tmp_path):
+def test_a_restart_goes_on_from_the_last_checkpoint(launch, tmp_path):
     launcher = launch(tmp_path, "--restarts", "1", *TRAIN, "--epochs", "10", "--fresh")
     wait_for_checkpoint(tmp_path, launcher)
     os.kill(workers(launcher)[1], signal.SIGKILL)
@@ -564,7 +631,7 @@ def test_a_restart_goes_on_from_the_last_checkpoint(tmp_path):
     (["--train.learning_rate", "fast"], "train.learning_rate"),
     (["--epoch", "3"], "'--epochs'"),
 ])
-def test_a_mistake_is_one_clear_sentence(tmp_path, arguments, word):
+def test_a_mistake_is_one_clear_sentence(launch, tmp_path, arguments, word):
     launcher = launch(tmp_path, "--restarts", "2", *TRAIN, *arguments)
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 1 and word in said, said
@@ -580,14 +647,25 @@ def test_a_mistake_is_one_clear_sentence(tmp_path, arguments, word):
     (["--rendezvous", "first:29500"], "how many with --nodes"),
     (["--gpus", "2", "--node-rank", "1"], "how many with --nodes"),
     (["--nodes", "2", "--rendezvous", "first:99999"], "'first:99999'"),
-    (["--nodes", "2", "--rendezvous", "nowhere.invalid:29500"], "cannot be looked up"),
+    (["--gpus", "all"], "no GPU can be used here"),
     (["--nodes", "2", "--node-rank", "2", "--rendezvous", "127.0.0.1:29500"], "--node-rank"),
 ])
-def test_a_mistake_of_the_launch_is_one_clear_sentence(tmp_path, flags, word):
-    launcher = launch(tmp_path, *flags, *TRAIN, gpus=1)
+def test_a_mistake_of_the_launch_is_one_clear_sentence(launch, tmp_path, flags, word):
+    launcher = launch(tmp_path, *flags, *TRAIN, gpus=1, CUDA_VISIBLE_DEVICES="")
     said = launcher.communicate(timeout=120)[0]
-    assert launcher.returncode in (1, 2)
+    assert launcher.returncode == (2 if flags[0] == "--gpu" else 1)
     assert said.startswith("error: ") and said.count("\n") == 1 and word in said, said
+
+
+def test_a_machine_that_cannot_be_looked_up_is_named(monkeypatch):
+    def unknown(*place):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--nodes", "2", "--rendezvous", "first:29500",
+                                      "train_model.py"])
+    with pytest.raises(ConfigError, match="first:29500 cannot be looked up here: Name or service"):
+        launcher.rendezvous_of(launcher.parse_arguments(), 2)
 
 
 def test_a_script_for_several_machines_also_serves_one(monkeypatch):
@@ -606,7 +684,7 @@ def test_a_process_whose_launcher_is_gone_does_not_start(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_a_folder_is_scored_by_one_process(tmp_path):
+def test_a_folder_is_scored_by_one_process(launch, tmp_path):
     launcher = launch(tmp_path, ROOT / "evaluate_samples.py", "--pictures", ".")
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 1
@@ -614,7 +692,7 @@ def test_a_folder_is_scored_by_one_process(tmp_path):
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_machines_that_cannot_meet_say_where_and_why(tmp_path):
+def test_machines_that_cannot_meet_say_where_and_why(launch, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

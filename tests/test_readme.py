@@ -28,7 +28,7 @@ ARGUMENTS = {
 }
 PLAIN = {
     "make data", "make report", "make generate", "make status", "make monitor", "make gpu-status",
-    "make install", "make clean", "make clean-all", "make clean-cuda",
+    "make help", "make install", "make clean", "make clean-all", "make clean-cuda",
     "python generate_samples.py", "ruff check",
 }
 

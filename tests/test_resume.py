@@ -13,19 +13,15 @@ import command_line
 
 import pytest
 import torch
-from conftest import assert_identical
+from conftest import PICTOGRAMS, assert_identical
 
 import train_model
 from training_monitor import read_metrics
 
 STEPS = 60
 ARGUMENTS = [
-    "--full", "--device", "cpu", "--dataset", "pictograms", "--samples", "4", "--batch-size", "10",
-    "--epochs", "15", "--data.image_size", "16", "--model.base_channels", "16",
-    "--model.channel_mult", "1,2", "--model.num_res_blocks", "1,1", "--model.attention_sizes", "4",
-    "--model.patch_size", "2", "--model.dropout", "0.1", "--diffusion.num_train_timesteps", "50",
-    "--sample.num_inference_steps", "5", "--sample.grid_steps", "2",
-    "--train.validation_images", "10", "--train.save_every", "2", "--train.log_every", "5",
+    "--full", *PICTOGRAMS, "--samples", "4", "--batch-size", "10", "--epochs", "15",
+    "--model.dropout", "0.1", "--train.save_every", "2", "--train.log_every", "5",
     "--train.validate_every", "6", "--train.sample_every", "12",
 ]
 
@@ -59,13 +55,23 @@ def processes():
     return context
 
 
-def wait_until_it_trains(process, folder: Path) -> None:
-    while process.is_alive():
-        with contextlib.suppress(FileNotFoundError):
-            facts = json.loads((folder / "checkpoints" / "run.json").read_text())
-            if facts["pid"] == process.pid:
-                return
-        time.sleep(0.01)
+def trains(process, folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        facts = json.loads((folder / "checkpoints" / "run.json").read_text())
+        return facts["pid"] == process.pid
+    return False
+
+
+def newest_step(folder: Path) -> int:
+    found = sorted(path.stem[-8:] for path in folder.glob("checkpoints/checkpoint_*.pt"))
+    return int(found[-1]) if found else 0
+
+
+def wait_until(reached, process) -> None:
+    deadline = time.monotonic() + 120
+    while process.is_alive() and not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def losses(folder: Path) -> list[tuple]:
@@ -83,16 +89,17 @@ def test_killed_twenty_times_the_run_ends_bit_for_bit_the_same(tmp_path, process
     assert reference.exitcode == 0
 
     moments = random.Random(0)
-    reached = []
+    reached = [0]
     for _ in range(20):
         process = processes.Process(target=train, args=(broken, True))
         process.start()
-        wait_until_it_trains(process, broken)
-        process.join(moments.uniform(0.0, 1.5))
+        wait_until(lambda: trains(process, broken), process)
+        wanted = reached[-1] + 2 * moments.randrange(3)  # a checkpoint every two steps
+        wait_until(lambda: newest_step(broken) >= wanted, process)
+        process.join(moments.uniform(0.0, 0.2))  # into a step or a save, which takes half of that
         process.kill()
         process.join()
-        found = sorted(path.name for path in (broken / "checkpoints").glob("checkpoint_*.pt"))
-        reached.append(found[-1] if found else "")
+        reached.append(newest_step(broken))
     assert reached == sorted(reached), "a kill lost a checkpoint"
     assert len(set(reached)) > 5, f"the kills did not fall into the run: {reached}"
     process = processes.Process(target=train, args=(broken, False))

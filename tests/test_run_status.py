@@ -146,13 +146,6 @@ def test_missing_metrics(tmp_path, hold_lock):
     assert "checkpoints  none yet" in screen_of(tmp_path)
 
 
-def test_a_truncated_last_line(tmp_path):
-    folder = write_run(tmp_path, records=[train(10)])
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "step": 20, "lo')
-    assert "step 10 of 5000" in status_of(tmp_path)
-
-
 def test_lines_that_are_no_records(tmp_path):
     folder = write_run(tmp_path, records=[train(10)])
     with open(folder / "metrics.jsonl", "ab") as file:

@@ -1,27 +1,26 @@
 """training_run.py: that a run's parts get its settings, its data and the right weights."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_SETTINGS
 from torch.testing import assert_close
 
 import training_run
 from conditional_diffusion import DDPMSampler, SDEDPMSolverSampler
 from conditional_diffusion.checkpoint import load_checkpoint
+from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, apply_overrides, full
 from data import Split, to_arrays, to_x_start
 from training_run import Run
 
-SMALL = {
-    "train.device": "cpu", "data.image_size": 16, "model.patch_size": 2, "model.base_channels": 16,
-    "model.channel_mult": (1, 2), "model.num_res_blocks": (1, 1), "model.attention_sizes": (4,),
-    "diffusion.num_train_timesteps": 50, "sample.num_inference_steps": 5, "sample.grid_steps": 3,
-    "train.batch_size": 10,
-}
+SMALL = {**TINY_SETTINGS, "train.device": "cpu", "train.batch_size": 10,
+         "train.validation_images": 20}
 
 
 class Notes:
@@ -74,15 +73,35 @@ def test_every_setting_reaches_the_engine(make_run):
 
 
 def test_the_largest_batch_leaves_room_for_what_comes_after_it(make_run, splits, monkeypatch):
-    held = []
+    empty, made, held = torch.empty, [], []
+
+    def kept(*size, **options):
+        made.append(weakref.ref(tensor := empty(*size, **options)))
+        return tensor
+
+    def fitting(*arguments):
+        held.extend(tensor.nbytes for known in made if (tensor := known()) is not None)
+        return 8
+
     monkeypatch.setattr(training_run, "live_on", lambda images, device: True)
-    monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: 8)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: held.append(
-        (size, options.get("dtype"))) or empty(*size, **options))
+    monkeypatch.setattr(training_run, "fitting_batch_size", fitting)
+    monkeypatch.setattr(torch, "empty", kept)
     model = make_run(train__batch_size=0).model
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    assert ((3 * weights + splits["train"].images.nbytes,), torch.uint8) in held
+    assert 3 * weights + splits["train"].images.nbytes in held
+
+
+def test_the_largest_batch_of_several_is_what_fits_on_each(tmp_path, splits, monkeypatch):
+    class First(Processes):
+        """Of two; on the other one eight images fit."""
+
+        def extreme(self, value, *, largest):
+            return max(value, 8) if largest else min(value, 8)
+
+    monkeypatch.setattr(training_run, "fitting_batch_size", lambda *arguments: 16)
+    config = apply_overrides(full(), SMALL | {"train.batch_size": "auto"})
+    run = Run(config, tmp_path, splits, torch.device("cpu"), None, First(0, 2))
+    assert run.batches.batch_size == 16
 
 
 def test_validation_images_are_held_out_and_spread(make_run, splits):

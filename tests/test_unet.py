@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from conditional_diffusion import CosineNoiseScheduler, UNet, unet
 from conditional_diffusion.unet import (
-    FILTER_SIZE,
     ResBlock,
     SelfAttention,
     group_norm,
@@ -57,13 +56,6 @@ def calls_of_the_trunk(model) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
     model.trunk = watched
     return calls
-
-
-def test_trunk_is_exactly_zero_at_initialisation(tiny_model):
-    model = tiny_model()
-    calls = calls_of_the_trunk(model)
-    model(*inputs(11))  # all labels, the null label among them
-    assert not calls[0][1].any()
 
 
 @pytest.mark.parametrize("timestep", [0, 20, 49])
@@ -159,42 +151,12 @@ def test_label_and_timestep_act_within_the_residual_blocks(awake_model):
     assert not torch.allclose(model(x_t, timesteps, labels + 1), reference, atol=1e-4)
 
 
-def test_levels_halve_by_means_and_double_by_copies(awake_model):
-    model, seen = awake_model(), {}
-    stages = {"above": model.down[0][-1], "below": model.down[1][0],
-              "last": model.up[0][-1], "first": model.up[1][0]}
-    for name, stage in stages.items():
-        stage.register_forward_hook(
-            lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})
-        )
-    with torch.no_grad():
-        model(*inputs(2))
-    B, C, H, W = seen["above"][1].shape
-    means = seen["above"][1].view(B, C, H // 2, 2, W // 2, 2).mean((3, 5))
-    assert_close(seen["below"][0], means)
-    copies = seen["last"][1].repeat_interleave(2, 2).repeat_interleave(2, 3)
-    from_below, skip = seen["first"][0].tensor_split([copies.shape[1]], dim=1)
-    assert torch.equal(from_below, copies)
-    assert torch.equal(skip, seen["above"][1])
-
-
 def test_images_of_a_batch_do_not_see_each_other(awake_model):
     model = awake_model().eval()
     x_t, timesteps, labels = inputs(3)
     together = model(x_t, timesteps, labels)
     alone = [model(x_t[i : i + 1], timesteps[i : i + 1], labels[i : i + 1]) for i in range(3)]
     assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
-
-
-def test_input_filter_reaches_across_patches(tiny_model):
-    """A tap one row below and two columns right of the centre fetches the patch from there."""
-    model = tiny_model(patch_size=2)
-    kernels = model.input_filter.bias.data.view(-1, FILTER_SIZE, FILTER_SIZE)
-    kernels[:, FILTER_SIZE // 2 + 1, FILTER_SIZE // 2 + 2] = 1.0
-    x_t, timesteps, labels = inputs(2)
-    expected = torch.zeros_like(x_t)  # zero where there is no such patch
-    expected[:, :, :-2, :-4] = x_t[:, :, 2:, 4:]
-    assert_close(model(x_t, timesteps, labels), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])

@@ -87,7 +87,7 @@ def test_a_pattern_has_its_power_at_its_own_frequency(make):
 
 
 def test_measured_power_is_the_mean_over_all_images(make):
-    wiener, x = make(), images(25)
+    wiener, x = make(), images(100)  # more than are looked at together
     wiener.measure(x)
     expected = torch.stack([wiener.spectrum(image[None])[0] for image in x]).square().mean(0)
     assert_close(wiener.std, expected.sqrt())
