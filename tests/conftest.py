@@ -153,6 +153,13 @@ def call(monkeypatch, capsys):
     return run
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def assert_one_sentence(said: str, *words: str) -> None:
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in said, said

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import is_running
 
 import clean
 from training_monitor import RunInUse, claim
@@ -420,13 +421,6 @@ def orphan(copy):
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
 
 
 def test_a_session_manager_is_no_parent_that_waits(monkeypatch):

@@ -20,7 +20,7 @@ from command_line import COMMAND, LAUNCH_FOLDER, LAUNCHER, MISTAKE, status_of
 
 import pytest
 import torch
-from conftest import PICTOGRAMS, TINY, TINY_SETTINGS, assert_identical, wake
+from conftest import PICTOGRAMS, TINY, TINY_SETTINGS, assert_identical, is_running, wake
 from PIL import Image
 
 import launch as launcher
@@ -582,13 +582,6 @@ def test_a_killed_launcher_leaves_no_process_and_no_step_behind(launch, tmp_path
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert json.loads((tmp_path / "checkpoints" / "run.json").read_text())["state"] == "interrupted"
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.usefixtures("own_directory")
