@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -53,8 +52,9 @@ from conditional_diffusion.sampler import autocast
 from conditional_diffusion.training_engine import diffusion_loss
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, to_images, to_x_start
+from gpu_status import first_line
 from peers import PEERS
-from training_monitor import write_json
+from run_directory import write_json
 from training_run import compile_training, missing_compiler, peak_memory_gib
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -88,7 +88,9 @@ def products_in_tf32() -> Iterator[None]:
 SWITCHES = {
     "without compile": ({"train.compile": "false"}, nullcontext),
     "without channels_last": ({"train.channels_last": "false"}, nullcontext),
-    "in CUDA graphs": ({}, partial(inductor.patch, {"triton.cudagraphs": True})),
+    "in CUDA graphs": ({}, partial(
+        inductor.patch, {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
+    )),
     "channels_last throughout": ({}, partial(inductor.patch, force_layout_optimization=True)),
     "cuDNN trying kernels": (
         {}, partial(cudnn.flags, enabled=True, benchmark=True, allow_tf32=False)
@@ -137,6 +139,8 @@ def time_in_turns(works: dict[str, Callable], rounds: int, device) -> dict[str, 
 class Report:
     """Times calls, prints a line per measurement and keeps it in a JSON file, whatever happens.
 
+    A part that fails is named there and in `failed`; the others go on.
+
     Args:
         rounds: how often everything is timed.
         minutes: after which nothing new begins.
@@ -146,15 +150,21 @@ class Report:
                  minutes: float = math.inf):
         self.path, self.content = path, {"facts": facts, "measurements": []}
         self.device, self.rounds = device, rounds
-        self.ends = time.monotonic() + 60 * minutes
+        self.ends, self.failed = time.monotonic() + 60 * minutes, []
         print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
 
-    def has_time_for(self, part: str) -> bool:
-        """Whether this part may still begin; said where it may not."""
-        if time.monotonic() < self.ends:
-            return True
-        print(f"left out, since the minutes are over: {part}", flush=True)
-        return False
+    def attempt(self, part: str, measure: Callable, *arguments, always: bool = False) -> None:
+        """Measure a part, unless the minutes are over."""
+        if time.monotonic() >= self.ends and not always:
+            print(f"left out, since the minutes are over: {part}", flush=True)
+            return
+        try:
+            measure(self, *arguments)
+        except Exception as error:  # a compiler's, a driver's: of any kind
+            reason = first_line(error)
+            self.failed.append(part)
+            self.keep({"what": "not measured", "name": part, "reason": reason})
+            print(f"not measured: {part} ({reason})", flush=True)
 
     def time(self, works: dict[str, Callable]) -> dict[str, list[float]]:
         return time_in_turns(works, self.rounds, self.device)
@@ -366,18 +376,18 @@ def be_the_first_to_go() -> None:
 
 
 def compare_memory(report: Report, config: Config, names: list[str]) -> None:
-    context = multiprocessing.get_context("spawn")
-    for name in names:
-        try:
-            # One task, or it would wait for another for ever, should this process be killed.
-            with ProcessPoolExecutor(
-                1, context, initializer=be_the_first_to_go, max_tasks_per_child=1
-            ) as pool:
-                before, peak = pool.submit(peak_of_a_step, config, name).result()
-        except (BrokenProcessPool, ConfigError) as error:  # a GPU may be for one process alone
-            print(f"memory of {name}: not measured ({error})")
-            continue
-        report.note(f"memory, batch {MEMORY_BATCH}", name, peak_GiB=peak, before_GiB=before)
+    for name in names:  # which a GPU that is for one process alone refuses
+        report.attempt(f"memory of {name}", measure_memory, config, name, always=True)
+
+
+def measure_memory(report: Report, config: Config, name: str) -> None:
+    # One task, or it would wait for another for ever, should this process be killed.
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=be_the_first_to_go,
+        max_tasks_per_child=1,
+    ) as pool:
+        before, peak = pool.submit(peak_of_a_step, config, name).result()
+    report.note(f"memory, batch {MEMORY_BATCH}", name, peak_GiB=peak, before_GiB=before)
 
 
 def compare_sizes(report: Report, config: Config) -> None:
@@ -449,21 +459,19 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
     torch.cuda.reset_peak_memory_stats(device)  # compiling, and running out of memory, raised it
     report.add("training step", name, report.time({name: work})[name], images,
                flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
-               parts=engine.micro_batches)
+               parts=engine.micro_batches, network_compiled=engine.network is not engine.model)
 
 
 def compare_on_cuda(report: Report, config: Config) -> None:
     """What only a GPU shows: batch sizes, and each optimisation taken away."""
     device = report.device
     for images in BATCH_SIZES:
-        if report.has_time_for(name := f"batch {images}"):
-            time_training(report, name, config, images)
+        name = f"batch {images}"
+        report.attempt(name, time_training, name, config, images)
     for name, (changes, context) in without_compiled(SWITCHES, device).items():
-        if not report.has_time_for(name):
-            continue
         changed = settings.apply_overrides(config, changes)
         with context():
-            time_training(report, name, changed, config.train.batch_size)
+            report.attempt(name, time_training, name, changed, config.train.batch_size)
 
 
 def time_grids(report: Report, config: Config) -> None:
@@ -486,9 +494,11 @@ def compare_sampling(report: Report, config: Config) -> None:
     images, size, device = 2 * GRID_PICTURES, config.data.image_size, report.device
     batch, dtype = random_batch(images, size, device), sampling_dtype(config, device)
     model, _ = build_model(config, device)
-    contiguous = settings.apply_overrides(config, {"train.channels_last": "false"})
+    changed = settings.apply_overrides(config, {"train.channels_last": "false"})
+    contiguous, _ = build_model(changed, device)
     ways = {"as it is": (model, dtype), "in float32": (model, None),
-            "without channels_last": (build_model(contiguous, device)[0], dtype),
+            "without channels_last": (contiguous, dtype),
+            "in float32 without channels_last": (contiguous, None),
             "compiled": (torch.compile(model, dynamic=False), dtype),
             "in CUDA graphs": (torch.compile(model, mode="reduce-overhead", dynamic=False), dtype)}
     torch.compiler.reset()
@@ -525,7 +535,7 @@ def main() -> int:
     args = parse_arguments()
     rounds = parse_whole("--rounds", args.rounds)
     minutes = parse_whole("--minutes", args.minutes) if args.minutes else math.inf
-    path = Path(args.json)
+    path = Path(args.json).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--json {path} is no file in a folder that exists; check the path")
     overrides = config_overrides(args)
@@ -558,9 +568,10 @@ def main() -> int:
              "ways of sampling": compare_sampling} if on_cuda else {}
     later |= {"image sizes": compare_sizes} if args.sizes else {}
     for part, compare in (later | {"a process of several": compare_processes}).items():
-        if report.has_time_for(part):
-            compare(report, config)
+        report.attempt(part, compare, config)
     print(f"written to {path}")
+    if report.failed:
+        raise ConfigError(f"not measured, for the reasons above: {', '.join(report.failed)}")
     return 0
 
 

@@ -18,7 +18,8 @@ from conditional_diffusion.memory import in_parts
 from conditional_diffusion.muon import Muon, matrix_weights
 from config import CLASS_NAMES
 from data import Split, enlarge
-from training_monitor import progress, replacing, say
+from run_directory import replacing
+from training_monitor import progress, say
 
 INPUT_SIZE = 32  # pixels a side of what the classifier sees
 CHUNK = 500  # pictures looked at together outside training

@@ -19,13 +19,13 @@ from typing import TextIO
 from command_line import Parser, exit_with
 
 from gpu_status import format_processes, query_processes
+from run_directory import LOCK, RUN_DIRECTORIES, RunInUse, claim, read_json
 from run_status import is_alive
-from training_monitor import LOCK, RUN_DIRECTORIES, RunInUse, claim, read_json
 
 RUNS = ("checkpoints*", "generated_images")
 OURS = re.compile(r"checkpoints(_overfit|_demo)?(_\d+)?")  # as runs and those moved aside are named
 CACHES = ("data/prepared", "data/classifiers", "data/inception", ".venv", ".pytest_cache",
-          "__pycache__", "*/__pycache__")
+          ".ruff_cache", "__pycache__", "*/__pycache__")
 SCRIPTS = ("train_model.py", "generate_samples.py", "evaluate_samples.py", "benchmark.py",
            "doctor.py")
 # Where results are written, if nothing there says so yet.

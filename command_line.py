@@ -35,7 +35,7 @@ MOST = 1_000_000  # pictures, rounds and the like
 PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL")  # as imported
 
 # Environment variables that launch.py sets for the processes it starts.
-LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave for it what follows
+LAUNCH_FOLDER = "TRAINING_LAUNCH_FOLDER"  # where they leave these files for it
 STATUS, MISTAKE = "status", "mistake"  # one they agree on; the sentence for a user's mistake
 CLEARED = "cleared"  # the earlier run is out of the way
 COMMAND = "TRAINING_COMMAND"  # what continues their run

@@ -18,7 +18,7 @@ from command_line import Parser, add_config_flags, config_overrides, exit_with
 import config as settings
 from config import Config, ConfigError, DataConfig
 from gpu_status import diagnose, first_line, gather_facts
-from training_monitor import RUN_DIRECTORIES
+from run_directory import RUN_DIRECTORIES
 
 # And what to import of each; first those that others import.
 PACKAGES = {"numpy": "numpy", "pillow": "PIL.Image", "torch": "torch", "torchvision": "torchvision",
@@ -33,9 +33,9 @@ WIDTH = 79
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether it is well, what was found, and where it is not, the cure.
+    """Whether it is well, what was found, and the cure where it is not.
 
-    Something that slows training down or changes it, but lets it run, is well with a cure.
+    Well with a cure is a note: training runs, but slower or otherwise than it could.
     """
 
     well: bool
@@ -134,10 +134,9 @@ def check_data(config: Config) -> Finding:
             assign_splits(pictures, source)
     except (DataError, OSError) as error:
         return Finding(False, str(error), "see README, Data")
-    prepared = (folder / "info.json").exists()
+    prepared = "prepared" if (folder / "info.json").exists() else "to be prepared by the first run"
     count = "the published archive" if archive else f"{len(pictures)} pictures"
-    return Finding(True, f"{source}: {count}, fingerprint {folder.name}, "
-                   f"{'prepared' if prepared else 'to be prepared by the first run'}")
+    return Finding(True, f"{source}: {count}, {prepared} in {folder}")
 
 
 def check_step(config: Config) -> Finding:
@@ -211,7 +210,9 @@ def space_needed(config: Config) -> dict[str, int]:
         model, _ = build_model(config, "meta")
     folder = RUN_DIRECTORIES["full"]
     checkpoints = (config.train.keep_checkpoints + 2) * expected_bytes(model)
-    checkpoints -= sum(path.stat().st_size for path in folder.glob("*.pt"))
+    # best.pt is as a rule a link to the newest one and takes no space of its own.
+    there = {file.st_ino: file.st_size for file in map(Path.stat, folder.glob("*.pt"))}
+    checkpoints -= sum(there.values())
     prepared = config.data.dataset == "pictograms"
     with suppress(DataError, OSError):  # of which check_data tells
         found = examined(config.data)

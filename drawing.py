@@ -21,7 +21,8 @@ from conditional_diffusion.checkpoint import (
 from conditional_diffusion.memory import fitting_batch_size
 from conditional_diffusion.processes import Processes
 from config import Config, ConfigError
-from training_monitor import RUN_DIRECTORIES, say
+from run_directory import RUN_DIRECTORIES
+from training_monitor import say
 
 
 def open_checkpoint(name: str | None) -> tuple[Path, dict]:
@@ -118,7 +119,8 @@ class Drawing:
 
     def facts(self) -> dict:
         """What the pictures depend on beside class and seed; JSON-able."""
-        sample = self.config.sample
+        sample, on_cuda = self.config.sample, self.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.device) if on_cuda else self.device.type
         return {
             "checkpoint": str(self.path), "hash": self.hash, "step": self.step,
             "images_seen": self.images_seen, "weights": "raw" if self.raw else "EMA",
@@ -128,7 +130,7 @@ class Drawing:
             "guidance_interval": list(sample.guidance_interval),
             "clip_x_start": sample.clip_x_start, "image_size": self.size,
             "precision": precision_name(self.sampler.autocast_dtype),
-            "device": self.device.type, "torch": str(torch.__version__),
+            "device": device, "torch": str(torch.__version__),
         }
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ Every score comes with what it depends on, in scores.jsonl beside the drawings.
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,9 +39,10 @@ from data import PICTOGRAMS_PER_CLASS, load_splits, to_images
 from drawing import Drawing, usable_folder
 from evaluation import Evaluator, Pictures, draw_confusion, draw_sweep
 from inception_scores import InceptionUnavailable, inception_scores
-from training_monitor import append_record, labelled_grid, progress, save_image, say
+from run_directory import RunInUse, acquire_lock, append_record
+from training_monitor import labelled_grid, progress, save_image, say
 
-USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory)
+USER_ERRORS = (ConfigError, CheckpointError, DataError, OutOfMemory, RunInUse)
 PER_CLASS = {"cuda": 1000, "cpu": 50}  # pictures drawn unless --samples says otherwise
 INCEPTION_TITLES = {"fid": "FID", "kid_mean": "KID", "precision": "precision",
                     "recall": "recall", "inception_score_mean": "Inception Score"}
@@ -186,8 +188,8 @@ def at_n_floor(scores: dict, key: str) -> str:
 class Scorer:
     """Scores sets of pictures against one reference and writes down what it finds."""
 
-    def __init__(self, args, config: Config, image_size: int, output: Path):
-        self.args, self.output, self.device = args, output, choose_device(config)
+    def __init__(self, args, config: Config, device: torch.device, image_size: int, output: Path):
+        self.args, self.output, self.device = args, output, device
         every = 0  # all there are; of pictograms as many as the run learned, or the usual number
         if config.data.dataset == "pictograms":
             every = max(config.data.samples_per_class, PICTOGRAMS_PER_CLASS)
@@ -240,9 +242,10 @@ def score_folder(args, overrides: dict) -> Path:
     pictures = read_folder(folder)
     output = usable_folder(args.output or folder / "evaluation")
     config = settings.apply_overrides(settings.full(), overrides)
-    scorer = Scorer(args, config, pictures.images.shape[-1], output)
-    say(f"scoring {len(pictures.images)} pictures in {folder}")
-    scorer.add(pictures, {"pictures": str(folder)})
+    with acquire_lock(output):
+        scorer = Scorer(args, config, choose_device(config), pictures.images.shape[-1], output)
+        say(f"scoring {len(pictures.images)} pictures in {folder}")
+        scorer.add(pictures, {"pictures": str(folder)})
     return output
 
 
@@ -261,19 +264,23 @@ def score_checkpoint(args, overrides: dict) -> Path:
     seed = cli.parse_seed(args.seed, per_class * len(CLASS_NAMES))
     configs = [settings.apply_overrides(config, {"sample.guidance_scale": s}) for s in scales]
     output = usable_folder(args.output or drawing.path.parent / "evaluation")
-    scorer = Scorer(args, config, drawing.size, output) if processes.leads else None
-    for config in configs or [config]:
-        drawing.configure(config)
-        say(f"scoring {per_class} pictures per class from {drawing}")
-        pictures = draw(drawing, per_class, seed, processes)
-        if scorer is None:
-            continue
-        suffix = f"_guidance_{config.sample.guidance_scale:g}"
-        first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
-        save_image(labelled_grid(first, CLASS_NAMES), output / f"samples{suffix}.png")
-        scorer.add(pictures, {**drawing.facts(), "seed": seed}, suffix)
-    if scorer is not None and len(scorer.records) > 1:
-        draw_sweep(scorer.records, output / "guidance_sweep.png")
+    # Another call would mix its drawings with ours.
+    with acquire_lock(output) if processes.leads else nullcontext():
+        scorer = None
+        if processes.leads:
+            scorer = Scorer(args, config, drawing.device, drawing.size, output)
+        for config in configs or [config]:
+            drawing.configure(config)
+            say(f"scoring {per_class} pictures per class from {drawing}")
+            pictures = draw(drawing, per_class, seed, processes)
+            if scorer is None:
+                continue
+            suffix = f"_guidance_{config.sample.guidance_scale:g}"
+            first = pictures.images[: GRID_ROWS * len(CLASS_NAMES)].permute(0, 2, 3, 1).numpy()
+            save_image(labelled_grid(first, CLASS_NAMES), output / f"samples{suffix}.png")
+            scorer.add(pictures, {**drawing.facts(), "seed": seed}, suffix)
+        if scorer is not None and len(scorer.records) > 1:
+            draw_sweep(scorer.records, output / "guidance_sweep.png")
     return output
 
 

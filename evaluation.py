@@ -10,6 +10,7 @@ from torch import Tensor
 from classifier import INPUT_SIZE, cached_classifier, look_at, to_input
 from config import CLASS_NAMES
 from data import Split, enlarge, spread
+from run_directory import replacing
 from scores import (
     NEIGHBOURS,
     Neighbours,
@@ -19,7 +20,7 @@ from scores import (
     near_copies,
     nearest,
 )
-from training_monitor import labelled_grid, replacing, save_image
+from training_monitor import labelled_grid, save_image
 
 COLOUR_IMAGES = 5000  # of the training set, for its colours
 PAIRS = 10  # closest pairs drawn

@@ -26,16 +26,8 @@ from conditional_diffusion.processes import Processes
 from config import ConfigError
 from data import to_arrays
 from drawing import Drawing, usable_folder
-from training_monitor import (
-    RunInUse,
-    acquire_lock,
-    evenly,
-    labelled_grid,
-    save_animation,
-    save_image,
-    say,
-    write_json,
-)
+from run_directory import RunInUse, acquire_lock, write_json
+from training_monitor import evenly, labelled_grid, save_animation, save_image, say
 
 USER_ERRORS = (ConfigError, CheckpointError, OutOfMemory, RunInUse)
 MOST_SAMPLES = 10_000  # pictures per class and call

@@ -181,7 +181,10 @@ def diagnose(facts: Facts) -> tuple[bool, str]:
         other = "12" if (facts.torch_cuda or "").startswith("13") else "13"
         return False, ("This torch has no kernels for cuda:0. Cure: choose another GPU with "
                        f"CUDA_VISIBLE_DEVICES, or else {replace_torch(other)}")
-    if NOT_INSTALLED in facts.gpus or "No devices were found" in facts.gpus:
+    if "No devices were found" in facts.gpus:
+        return True, ("Training works on the CPU, only much slower. The driver is there, but sees "
+                      "no GPU; if there is one, `dmesg` may tell why, and a restart may help.")
+    if NOT_INSTALLED in facts.gpus:
         return True, ("Training works on the CPU, only much slower; to use an NVIDIA GPU "
                       "install its driver.")
     if isinstance(facts.gpus, str):

@@ -23,7 +23,7 @@ COLOURS = ("red", "green", "blue")
 
 
 def lowest(records: Sequence[dict], key: str) -> dict:
-    """The record with the lowest loss of this name; of a diverged run some are NaN."""
+    """The record with the lowest value of this key; NaN, as of a diverged run, is the highest."""
     return min(records, key=lambda record: (math.isnan(record[key]), record[key]))
 
 

@@ -109,14 +109,13 @@ def describe_failure(failures: dict, folder: Path, restarts: int, nodes: int) ->
     else:
         how = f"failed with status {failure.exitcode}, for the reason above"
     again = os.environ[cli.COMMAND]
-    return (f"process {rank} (pid {failure.pid}) {how}; the others were ended. To continue from "
-            f"the last checkpoint: {again}")
+    return (f"process {rank} (pid {failure.pid}) {how}; the others were ended. To go on from what "
+            f"is saved: {again}")
 
 
 @contextmanager
 def loading_quietly():
-    """What torch would report of the launcher's own troubles is said here, once and shorter."""
-    logging.disable(logging.CRITICAL)
+    """Inside, what torch says from C++ while it is imported is not shown."""
     level = os.environ.get(TORCH_LEVEL)
     os.environ[TORCH_LEVEL] = "FATAL"
     try:
@@ -155,8 +154,8 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
             ) from None
         except SignalException as error:
             if not (folder / cli.STATUS).exists():  # which they leave when all are through
-                cli.complain("the processes ended before they were through; what is saved counts: "
-                             f"{os.environ[cli.COMMAND]}")
+                cli.complain("the processes ended before they were through; to go on from what is "
+                             f"saved: {os.environ[cli.COMMAND]}")
             return 128 + error.sigval
         except DistError as error:
             reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
@@ -172,6 +171,8 @@ def launch(script: list[str], gpus: int, nodes: int, restarts: int, rendezvous: 
 
 def main() -> int:
     args = parse_arguments()
+    # What torch's launcher would report of its own troubles is said here, once and shorter.
+    logging.disable(logging.CRITICAL)
     with loading_quietly():
         gpus, nodes = count_gpus(args.gpus), cli.parse_whole("--nodes", args.nodes or "1")
     restarts = cli.parse_whole("--restarts", args.restarts, 0, 1000)

@@ -13,20 +13,19 @@ from command_line import Parser, exit_with
 
 import config as settings
 from health import lowest, quarter_words, verdict
-from run_status import energy_text, read_facts
-from training_monitor import (
+from run_directory import (
     RUN_DIRECTORIES,
     by_kind,
     ema_grids,
-    evenly,
     moment,
     read_json,
     read_metrics,
     read_records,
     replacing,
     sample_path,
-    save_animation,
 )
+from run_status import energy_text, read_facts
+from training_monitor import evenly, save_animation
 
 MOST_GRIDS = 24  # shown of all that were drawn, evenly through the run
 GRID_WIDTH = 1000  # pixels at most, as JPEG: the page stays a few megabytes
@@ -245,6 +244,7 @@ def main() -> int:
         if not runs:
             sys.exit("error: no run here yet; train one first: make demo, make train")
         folder = max(runs, key=lambda path: (path / "metrics.jsonl").stat().st_mtime)
+    folder = folder.expanduser()
     if not (folder / "metrics.jsonl").exists():
         sys.exit(f"error: {folder} holds no run: it has no metrics.jsonl; name a run directory")
     print(f"report: {write_report(folder)}")

@@ -16,7 +16,7 @@ from command_line import Parser, exit_with
 
 from gpu_status import format_gpus, format_processes, query_gpus, query_processes
 from health import lowest, quarter_words, verdict
-from training_monitor import (
+from run_directory import (
     LOCK,
     RUN_DIRECTORIES,
     by_kind,
@@ -295,21 +295,22 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the same as JSON, once")
     parser.add_argument("--root", type=Path, default=Path(), help="where the run directories are")
     args = parser.parse_args()
-    if not args.root.is_dir():
+    root = args.root.expanduser()
+    if not root.is_dir():
         sys.exit(f"error: --root {args.root} is no folder; check the path")
     sys.stdout.reconfigure(errors="replace")  # for an output that lacks the blocks
     if args.json:
-        content = {"runs": as_json(find_runs(args.root))}
+        content = {"runs": as_json(find_runs(root))}
         if args.command == "monitor":
             content |= {"gpus": query_gpus(), "processes": query_processes()}
         print(json.dumps(content, indent=1))
     elif args.command == "status":
-        print(format_status(find_runs(args.root), time.time()))
+        print(format_status(find_runs(root), time.time()))
     elif not (sys.stdin.isatty() and sys.stdout.isatty()):
-        runs, processes = find_runs(args.root), query_processes()
+        runs, processes = find_runs(root), query_processes()
         print(*format_monitor(runs, query_gpus(), time.time(), 80, 99, processes), sep="\n")
     else:
-        monitor(args.root)
+        monitor(root)
 
 
 if __name__ == "__main__":

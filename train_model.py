@@ -38,18 +38,8 @@ from conditional_diffusion.training_engine import TrainingDiverged
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import load_splits
 from report import write_report
-from training_monitor import (
-    LOCK,
-    RUN_DIRECTORIES,
-    RunInUse,
-    TrainingMonitor,
-    claim,
-    progress,
-    read_json,
-    read_records,
-    say,
-    sweep,
-)
+from run_directory import LOCK, RUN_DIRECTORIES, RunInUse, claim, read_json, read_records, sweep
+from training_monitor import TrainingMonitor, progress, say
 from training_run import Run
 
 FIXED = ("model.", "diffusion.", "data.", "train.seed", "train.batch_size",
@@ -77,7 +67,7 @@ def parse_arguments():
         help="start anew; an existing run is moved aside, a demo or quick-test replaced",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config as JSON and stop"
+        "--dry-run", action="store_true", help="print the config of a new run as JSON and stop"
     )
     cli.add_config_flags(parser)
     return parser.parse_args()
@@ -319,14 +309,10 @@ def main() -> int:
         return 0
 
     folder, processes = RUN_DIRECTORIES[args.mode], cli.join_processes()
-    fresh, lock = args.fresh and not has_cleared_away(), None
-
-    def run_to_continue() -> dict | None:
-        nonlocal lock
-        lock = claim(folder)  # from here on: `make clean` must not take what is being read
-        return None if fresh else newest_checkpoint(args.mode, folder)
-
-    saved = processes.from_leader(run_to_continue)
+    fresh = args.fresh and not has_cleared_away()
+    # From here on: `make clean` must not take what is being read.
+    lock = claim(folder) if processes.leads else None
+    saved = processes.from_leader(lambda: None if fresh else newest_checkpoint(args.mode, folder))
     saved_config = config_of(saved, f"the run in {folder}") if saved else None
     config = resolve_config(args.mode, overrides, saved_config)
     device = choose_device(config, processes)
@@ -342,8 +328,8 @@ def main() -> int:
         return 0
     if not processes.leads:
         return session(run)
-    again = [word for word in sys.argv[1:] if word != "--fresh"]
-    command = os.environ.get(cli.COMMAND) or shlex.join([sys.executable, "train_model.py", *again])
+    again = [word for word in sys.argv if word != "--fresh"]
+    command = os.environ.get(cli.COMMAND) or shlex.join([sys.executable, *again])
     with TrainingMonitor(
         folder, mode=config.mode, device=device_name(device, processes),
         machine=machine_name(device), total_steps=engine.total_steps,

@@ -22,16 +22,9 @@ from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, fingerprint, live_on, spread, to_arrays, to_x_start
 from gpu_status import EnergyMeter, first_line
 from health import loss_findings, picture_findings, validation_findings
+from run_directory import by_kind, sample_path, write_json
 from scores import nearest_images
-from training_monitor import (
-    TrainingMonitor,
-    by_kind,
-    labelled_grid,
-    sample_path,
-    save_image,
-    say,
-    write_json,
-)
+from training_monitor import TrainingMonitor, labelled_grid, save_image, say
 
 PASS_PSNR = 20.0  # dB to the nearest training image; the overfit run's pass mark
 LARGEST_TRAINING_BATCH = 1024  # beyond it each image teaches less
@@ -223,8 +216,8 @@ class Run:
                          "gradient was not finite")
         if loss is None:
             return
-        monitor.record("train", **metrics, peak_memory_gib=peak_memory_gib(self.device),
-                       energy_joules=energy_joules)
+        monitor.record_training(**metrics, peak_memory_gib=peak_memory_gib(self.device),
+                                energy_joules=energy_joules)
         for warning in loss_findings(*by_kind(monitor.records, "train")):
             monitor.warn(step, warning)
 
@@ -248,7 +241,7 @@ class Run:
             train, validation = by_kind(self.monitor.records, "train", "validation")
             for finding in validation_findings(train, [*validation, record]):
                 self.monitor.warn(self.engine.step, finding)
-        self.monitor.record("validation", **record)
+        self.monitor.record_validation(**record)
 
     @property
     def grid_rows(self) -> int:
@@ -323,7 +316,6 @@ class Run:
                 compile_training(engine, first)
             if self.processes.several and engine.network is engine.model:
                 engine.rehearse(*first)
-        save_is_due = False
         for step in engine.train(self.batches.starting_at(engine.step)):
             if monitor:
                 monitor.advance()
@@ -335,26 +327,22 @@ class Run:
             # Clocks and signals differ between processes; what follows from them must not.
             ending = self.stop_signal > 0 or now > deadline
             stop, overdue = self.processes.agree(ending, overdue)
-            save_is_due |= overdue
 
             # The first step of all is logged at once; a resumed run keeps to the rhythm.
             if step == 1 or due(train.log_every):
                 self.log()
             if due(train.validate_every):
                 self.validate()
-            if save_is_due or due(train.save_every):
-                self.save()
-                save_is_due = False
             # Drawing comes last: what takes time must not stand before a save.
+            if overdue or stop or due(train.save_every):
+                self.save()
+            if stop and not engine.complete:
+                break  # a grid that is due comes when the run goes on
             if monitor and due(train.log_every) and monitor.curves_are_old:
                 monitor.draw_curves()
             if due(train.sample_every):
                 self.draw()
-            if stop:
-                break
         self.processes.answers()  # to the last step's wishes, which change nothing any more
-        if not engine.complete:
-            self.save()
         if monitor:
             monitor.draw_curves()
             monitor.end("finished" if engine.complete else "interrupted")

@@ -18,7 +18,7 @@ MEMORY_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOC
 # What torch says where none of cuDNN's kernels works or a library cannot begin, for want of memory
 # or for other reasons.
 PERHAPS_MEMORY = ("unable to find an engine", "STATUS_NOT_INITIALIZED")
-FULL = 0.05  # free share of the GPU below which it is the former
+FULL = 0.05  # free share of the GPU, below which they are taken for memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MEMORY_SHARE = 0.8  # of what is free; the rest is for fragmentation and for other programs

@@ -54,7 +54,6 @@ class CosineNoiseScheduler(nn.Module):
         prediction_type: what the network predicts: "epsilon", "sample" or "v_prediction".
     """
 
-    betas: Tensor  # (T,)
     alphas_cumprod: Tensor  # (T,)
     snr: Tensor  # (T,), the signal-to-noise ratio abar / (1 - abar)
 
@@ -79,12 +78,10 @@ class CosineNoiseScheduler(nn.Module):
         abar = cosine_alphas_cumprod(num_train_timesteps)
         if image_size and reference_size and image_size != reference_size:
             abar = shift_log_snr(abar, 2 * math.log(reference_size / image_size))
-        abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         # Sampling derives its coefficients from this one, where float32 would cost digits. Not a
         # buffer: it stays where it is made, on a CPU, where a GPU pays no kernels for them.
         self.alphas_cumprod_float64 = abar
         tables = {
-            "betas": 1 - abar / abar_prev,
             "alphas_cumprod": abar,
             "sqrt_alphas_cumprod": abar.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 Value = TypeVar("Value")
 
 # After which a process that is alive but silent counts as lost. Long, because the others wait while
-# one prepares the data or trains a classifier; a process that dies is noticed at once.
+# one prepares the data or trains a classifier; of one that dies gloo tells at once, and of NCCL's
+# the launcher.
 TIMEOUT = timedelta(minutes=60)
 MEETING = timedelta(minutes=10)  # for all to start
 START_AGAIN = "start the same command again on every machine"

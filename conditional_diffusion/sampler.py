@@ -1,7 +1,7 @@
 """Samplers: from noise to pictures by DDPM, DDIM or their second order, with guidance.
 
-All have one signature. Every picture has a generator of its own, so it depends on its seed and
-class alone.
+All have one signature. Every picture has a generator of its own, so on one kind of device it
+depends on its seed and class alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence

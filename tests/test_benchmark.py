@@ -110,8 +110,35 @@ def test_a_process_that_dies_leaves_the_rest_of_the_benchmark(monkeypatch, capsy
     monkeypatch.setattr(benchmark, "peak_of_a_step", die)
     report = benchmark.Report(Path("benchmark.json"), {}, CPU, 1)
     benchmark.compare_memory(report, full(), ["ours"])
-    assert report.content["measurements"] == []
-    assert "memory of ours: not measured" in capsys.readouterr().out
+    (record,) = report.content["measurements"]
+    assert (record["what"], record["name"]) == ("not measured", "memory of ours")
+    assert report.failed == ["memory of ours"]
+    assert "not measured: memory of ours (A process" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_a_row_that_fails_leaves_the_others_and_is_an_error_at_the_end(monkeypatch, call):
+    def time_training(report, name, config, images):
+        if name == "in CUDA graphs":
+            raise AssertionError("capture failed\nat length")
+        report.note("training step", name)
+
+    monkeypatch.setattr(benchmark, "time_training", time_training)
+    monkeypatch.setattr(benchmark, "missing_compiler", lambda device: "")
+    for name in ("compare_memory", "compare_data", "compare_networks", "compare_processes"):
+        monkeypatch.setattr(benchmark, name, lambda *arguments: {"ours": 1})
+    monkeypatch.setattr(benchmark, "compare_data", lambda *arguments: 1)
+    monkeypatch.setattr(benchmark, "compare_sizes", benchmark.compare_on_cuda)
+    status, said = call(benchmark, "--device", "cpu", "--sizes")
+    assert status == 1
+    assert_one_sentence(said, "not measured, for the reasons above: in CUDA graphs")
+    records = json.loads(Path("benchmark.json").read_text())["measurements"]
+    failed = {"what": "not measured", "name": "in CUDA graphs", "reason": "capture failed"}
+    assert failed in records
+    measured = {record["name"] for record in records if record["what"] == "training step"}
+    assert measured == {"batch 64", "batch 256", "batch 1024", *benchmark.SWITCHES} - {
+        "in CUDA graphs"
+    }
 
 
 def own_oom_score(config, name):

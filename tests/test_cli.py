@@ -29,8 +29,8 @@ from conditional_diffusion.checkpoint import load_newest
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, OPTIONS, ConfigError, full
 from data import TrainingBatches
+from run_directory import read_metrics
 from run_status import is_alive
-from training_monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--quick-test", *PICTOGRAMS]

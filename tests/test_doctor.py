@@ -157,12 +157,14 @@ def test_data_that_can_be_used(lines, tmp_path):
         (folder / "1.png").touch()
     status, found = lines("--data-dir", "pictures")
     assert status == 0
-    assert found["data"].startswith("ok    data       pictures: 10 pictures, fingerprint ")
+    assert found["data"].startswith("ok    data       pictures: 10 pictures, to be prepared ")
     assert "takes about 4.0 GiB more" in found["disk"]
-    name = re.search(r"fingerprint (\w+), to be prepared", found["data"])[1]
-    Path("data/prepared", name).mkdir(parents=True)
-    Path("data/prepared", name, "info.json").touch()
-    assert "takes about 0.0 GiB more" in lines("--data-dir", "pictures")[1]["disk"], "prepared"
+    prepared = Path(re.search(r"by the first run in (\S+)$", found["data"])[1])
+    prepared.mkdir(parents=True)
+    (prepared / "info.json").touch()
+    _, found = lines("--data-dir", "pictures")
+    assert f"10 pictures, prepared in {prepared}" in found["data"]
+    assert "takes about 0.0 GiB more" in found["disk"]
     assert "built-in pictograms" in lines("--dataset", "pictograms")[1]["data"]
     (folder / "1.png").unlink()
     assert "no training pictures of truck" in failing(lines("--data-dir", "pictures"), "data")

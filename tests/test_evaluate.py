@@ -23,6 +23,7 @@ from data import enlarge
 from evaluate_samples import at_n_floor, parse_scales, read_folder
 from evaluation import Evaluator, Pictures
 from inception_scores import InceptionUnavailable
+from run_directory import acquire_lock
 from scores import Neighbours, frechet_distance
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -339,6 +340,18 @@ def test_a_place_that_takes_no_scores_is_found_out_before_drawing(call):
     status, said = call(evaluate_samples, "--output", "taken", "--no-inception")
     assert status == 1
     assert_one_sentence(said, "--output taken is a file; name a folder")
+
+
+@pytest.mark.parametrize("scored", ["drawn", "given"])
+def test_a_second_call_for_one_folder_is_refused(call, scored):
+    make_checkpoint("checkpoints")
+    Path("scores").mkdir()
+    save(Path("pictures/cat_0.png"), (9, 9, 9))
+    given = ["--pictures", "pictures"] if scored == "given" else []
+    with acquire_lock(Path("scores")):
+        status, said = call(evaluate_samples, *given, "--output", "scores", "--no-inception")
+    assert status == 1
+    assert_one_sentence(said, "scores is in use by another process")
 
 
 def test_no_checkpoint_is_one_sentence(call):

@@ -18,7 +18,7 @@ from conditional_diffusion.memory import fitting_batch_size
 from config import CLASS_NAMES
 from data import to_arrays
 from drawing import file_hash
-from training_monitor import acquire_lock
+from run_directory import acquire_lock
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 OUT = Path("generated_images")

@@ -88,7 +88,7 @@ DIAGNOSES = {
     "torch missing": ({"torch_version": "", "problem": "No module"}, False, "make install`."),
     "works": ({"problem": ""}, True, "Training will use the GPU"),
     "no driver": ({"gpus": gpu_status.NOT_INSTALLED}, True, "Training works on the CPU"),
-    "no device": ({"gpus": "No devices were found"}, True, "Training works on the CPU"),
+    "no device": ({"gpus": "No devices were found"}, True, "The driver is there, but sees no GPU"),
     "broken driver": ({"gpus": "nvidia-smi failed: mismatch"}, False, "restart the machine"),
     "CPU build": ({"torch_cuda": None}, False, "whl/cu130"),
     "CPU build, old driver": ({"torch_cuda": None, "driver_cuda": "12.7"}, False, "whl/cu126"),

@@ -17,7 +17,7 @@ import pytest
 from conftest import is_running
 
 import clean
-from training_monitor import RunInUse, claim
+from run_directory import RunInUse, claim
 
 ROOT = Path(__file__).parents[1]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -39,7 +39,7 @@ from conditional_diffusion.memory import OutOfMemory
 from conditional_diffusion.processes import Processes
 from config import CLASS_NAMES, ConfigError, DataConfig, apply_overrides, full
 from data import TrainingBatches, draw_pictograms
-from training_monitor import read_metrics
+from run_directory import read_metrics
 from training_run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -484,7 +484,7 @@ def test_what_a_failing_process_said_is_shown(launch, tmp_path):
     reason, sentence = said.splitlines()[-2:]
     assert reason == "ValueError: no luck"
     assert re.match(r"error: process 1 \(pid \d+\) failed with status 1, for the reason above; the "
-                    "others were ended. To continue from the last checkpoint: ", sentence)
+                    "others were ended. To go on from what is saved: ", sentence)
 
 
 def test_what_the_launcher_tells_its_processes(monkeypatch):

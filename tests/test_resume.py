@@ -16,7 +16,7 @@ import torch
 from conftest import PICTOGRAMS, assert_identical
 
 import train_model
-from training_monitor import read_metrics
+from run_directory import read_metrics
 
 STEPS = 60
 ARGUMENTS = [

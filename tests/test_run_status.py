@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import run_status
-from training_monitor import RUN_DIRECTORIES
+from run_directory import RUN_DIRECTORIES
 
 SCRIPT = Path(run_status.__file__)
 NOW = 1_700_000_000.0

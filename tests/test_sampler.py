@@ -328,9 +328,10 @@ def test_ddim_with_eta_one_has_the_variance_of_ddpm(schedule):
 
 def diffusers_scheduler(name, scheduler, **options):
     diffusers = pytest.importorskip("diffusers")
+    abar = scheduler.alphas_cumprod_float64
     return getattr(diffusers, name)(
-        num_train_timesteps=scheduler.num_train_timesteps,
-        trained_betas=scheduler.betas.tolist(), prediction_type="v_prediction", **options,
+        num_train_timesteps=scheduler.num_train_timesteps, prediction_type="v_prediction",
+        trained_betas=(1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist(), **options,
     )
 
 

@@ -1,8 +1,6 @@
 """What a run writes down: records, lock, pictures."""
 
-import fcntl
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import training_monitor
+from run_directory import RunInUse, claim, read_metrics
 from run_status import find_runs, format_status, read_facts
-from training_monitor import (
-    RunInUse,
-    TrainingMonitor,
-    append_record,
-    read_metrics,
-    read_records,
-)
+from training_monitor import TrainingMonitor
 
 ROOT = Path(__file__).parents[1]
 FACTS = {"mode": "demo", "device": "cpu", "machine": "test", "total_steps": 100,
@@ -33,8 +26,8 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {"mode": "demo"})
         for step in (1, 2, 3):
-            monitor.record("train", step=step, **RECORD)
-        monitor.record("validation", step=3, loss=0.4, loss_ema=0.3)
+            monitor.record_training(step=step, **RECORD)
+        monitor.record_validation(step=3, loss=0.4, loss_ema=0.3)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # what a killed run leaves
     (tmp_path / "quick-test").mkdir()
@@ -42,7 +35,7 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
     stale.touch(), of_another.touch()
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(2, {"mode": "demo"})
-        monitor.record("train", step=3, **RECORD)
+        monitor.record_training(step=3, **RECORD)
         monitor.end("finished")
     assert of_another.exists() and not stale.exists()
     records = read_metrics(tmp_path)
@@ -50,17 +43,6 @@ def test_records_are_appended_and_cut_on_resume(tmp_path):
     assert [(r["kind"], r["step"]) for r in records] == expected
     assert records[0]["epoch"] == 0.1
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "finished"
-
-
-def test_a_record_survives_the_one_before_that_was_cut_short(tmp_path):
-    path = tmp_path / "records.jsonl"
-    append_record(path, {"a": 1})
-    with open(path, "a") as file:
-        file.write('{"b":')
-    append_record(path, {"c": 2})
-    append_record(path, {"d": 3})
-    assert read_records(path) == [{"a": 1}, {"c": 2}, {"d": 3}]
-    assert path.read_text().count("\n") == 4
 
 
 def test_progress_lines_know_no_time_left_before_the_second_record(tmp_path, monkeypatch, capsys):
@@ -74,7 +56,7 @@ def test_progress_lines_know_no_time_left_before_the_second_record(tmp_path, mon
             now = next(clock)
             monkeypatch.setattr(training_monitor.time, "time", lambda now=now: now)
             monitor.last_line = -100
-            monitor.record("train", step=step, **RECORD)
+            monitor.record_training(step=step, **RECORD)
     assert capsys.readouterr().out.splitlines() == [
         "step 0/100, loss 0.5000, images/s 9.0",
         "step 10/100, loss 0.5000, images/s 9.0, 2 d 12 h left",
@@ -110,27 +92,12 @@ def test_directory_in_use_is_refused_until_its_process_dies(tmp_path):
             pass
     other.kill()
     other.wait()
-    with training_monitor.claim(tmp_path), pytest.raises(RunInUse, match="by another process"):
-        training_monitor.claim(tmp_path)  # run.json named the one that was killed
+    with claim(tmp_path), pytest.raises(RunInUse, match="by another process"):
+        claim(tmp_path)  # run.json named the one that was killed
     assert read_facts(tmp_path)["state"] == "died"
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {})
         monitor.end("finished")
-
-
-def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
-    """As `make clean` does between our opening and our locking it."""
-    path, flock, taken = tmp_path / "run.lock", fcntl.flock, []
-
-    def late(lock, how):
-        if not taken:
-            path.unlink()
-            path.touch()
-        taken.append(flock(lock, how))
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with training_monitor.acquire_lock(tmp_path) as lock:
-        assert os.path.samestat(os.fstat(lock.fileno()), path.stat()) and len(taken) == 2
 
 
 def test_a_reader_that_is_gone_does_not_end_the_run():
@@ -161,26 +128,6 @@ def test_nor_does_one_under_all_that_it_says(tmp_path):
         assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full,
                               cwd=ROOT).returncode == 0
     assert (tmp_path / "saved").exists()
-
-
-def test_what_a_full_disk_stops_is_named(tmp_path):
-    path = tmp_path / "picture.png"
-    for writing in (training_monitor.naming, training_monitor.replacing):
-        with pytest.raises(OSError) as failure, writing(path), open("/dev/full", "w") as full:
-            full.write("x")
-        assert failure.value.filename == str(path)
-    with pytest.raises(OSError, match="^8 written$"), training_monitor.naming(path):
-        raise OSError("8 written")
-    with pytest.raises(OSError) as failure, training_monitor.naming(path):
-        open(tmp_path / "absent")
-    assert failure.value.filename == str(tmp_path / "absent"), "which named itself"
-
-
-def test_a_run_directory_on_a_disk_that_is_not_mounted_is_named(tmp_path):
-    folder = tmp_path / "checkpoints"
-    folder.symlink_to(tmp_path / "disk" / "runs")
-    with pytest.raises(training_monitor.RunInUse, match="disk/runs, which is not there"):
-        training_monitor.claim(folder)
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "ü"])
@@ -258,13 +205,13 @@ def test_a_validation_comes_with_a_verdict(tmp_path, capsys):
     losses = {"loss": 0.5, "loss_ema": 0.25}
     with TrainingMonitor(tmp_path, **FACTS) as monitor:
         monitor.begin(0, {})
-        monitor.record("validation", step=1, **losses)
+        monitor.record_validation(step=1, **losses)
         monitor.warn(2, "first")
         monitor.warn(2, "second")
     with TrainingMonitor(tmp_path, **FACTS) as monitor:  # what a continued run warned of counts
         monitor.begin(2, {})
-        monitor.record("validation", step=2, **losses)
-        monitor.record("validation", step=3, **losses)
+        monitor.record_validation(step=2, **losses)
+        monitor.record_validation(step=3, **losses)
         monitor.end("finished")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert lines == [

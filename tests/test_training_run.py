@@ -1,6 +1,7 @@
 """training_run.py: that a run's parts get its settings, its data and the right weights."""
 
 import json
+import signal
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ class Notes:
     def __init__(self):
         self.validations, self.drawn = [], []
 
-    def record(self, kind, **values):
+    def record_validation(self, **values):
         self.validations.append(values)
 
     def draw_samples(self, step, name, images, class_names):
@@ -205,6 +206,19 @@ def test_hours_minutes_and_the_number_of_checkpoints(make_run, tmp_path, monkeyp
     assert saved == [2, 4, 6, 8, 9]
 
 
+def test_a_stop_saves_at_once_and_leaves_a_grid_to_the_next_start(make_run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Run, "draw", lambda run: drawn.append(run.engine.step))
+    often = {"train__sample_every": 1, "train__epochs": 1}
+    run = make_run(**often)
+    run.stop_signal = signal.SIGTERM
+    assert not run.train()
+    assert drawn == []
+    (path,) = tmp_path.glob("*.pt")
+    assert make_run(load_checkpoint(path), **often).train()
+    assert drawn == [1, 2, 3, 4]
+
+
 def test_every_picture_of_a_grid_is_of_the_class_it_stands_under(make_run, monkeypatch):
     def sample(self, model, labels, shape, seeds, **options):
         values = 10 * torch.tensor(seeds) + labels  # tells seed and class apart
@@ -288,7 +302,10 @@ def test_what_looks_wrong_is_said(make_run, monkeypatch):
     run.monitor = Notes()
     run.monitor.warn = lambda step, message: said.append(message)
     run.monitor.records = []
-    run.monitor.record = lambda kind, **values: run.monitor.records.append({"kind": kind, **values})
+    for kind, name in (("train", "record_training"), ("validation", "record_validation")):
+        setattr(run.monitor, name, lambda kind=kind, **values: run.monitor.records.append(
+            {"kind": kind, **values}
+        ))
     findings = {
         "loss_findings": lambda train: [f"{len(train)} losses"],
         "validation_findings": lambda train, validation: [f"{len(validation)} validations"],
