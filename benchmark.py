@@ -161,7 +161,7 @@ class Report:
         try:
             measure(self, *arguments)
         except Exception as error:  # a compiler's, a driver's: of any kind
-            reason = first_line(error)
+            reason = f"{type(error).__name__}: {first_line(error)}"
             self.failed.append(part)
             self.keep({"what": "not measured", "name": part, "reason": reason})
             print(f"not measured: {part} ({reason})", flush=True)

@@ -113,7 +113,7 @@ def test_a_process_that_dies_leaves_the_rest_of_the_benchmark(monkeypatch, capsy
     (record,) = report.content["measurements"]
     assert (record["what"], record["name"]) == ("not measured", "memory of ours")
     assert report.failed == ["memory of ours"]
-    assert "not measured: memory of ours (A process" in capsys.readouterr().out
+    assert "not measured: memory of ours (BrokenProcessPool: A process" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("own_directory")
@@ -125,16 +125,18 @@ def test_a_row_that_fails_leaves_the_others_and_is_an_error_at_the_end(monkeypat
 
     monkeypatch.setattr(benchmark, "time_training", time_training)
     monkeypatch.setattr(benchmark, "missing_compiler", lambda device: "")
-    for name in ("compare_memory", "compare_data", "compare_networks", "compare_processes"):
-        monkeypatch.setattr(benchmark, name, lambda *arguments: {"ours": 1})
-    monkeypatch.setattr(benchmark, "compare_data", lambda *arguments: 1)
+    for name, result in {"compare_memory": None, "compare_networks": {"ours": 1},
+                         "compare_data": 1, "compare_processes": None}.items():
+        monkeypatch.setattr(benchmark, name, lambda *arguments, result=result: result)
     monkeypatch.setattr(benchmark, "compare_sizes", benchmark.compare_on_cuda)
     status, said = call(benchmark, "--device", "cpu", "--sizes")
     assert status == 1
     assert_one_sentence(said, "not measured, for the reasons above: in CUDA graphs")
     records = json.loads(Path("benchmark.json").read_text())["measurements"]
-    failed = {"what": "not measured", "name": "in CUDA graphs", "reason": "capture failed"}
-    assert failed in records
+    (failed,) = [record for record in records if record["what"] == "not measured"]
+    assert (failed["name"], failed["reason"]) == (
+        "in CUDA graphs", "AssertionError: capture failed"
+    )
     measured = {record["name"] for record in records if record["what"] == "training step"}
     assert measured == {"batch 64", "batch 256", "batch 1024", *benchmark.SWITCHES} - {
         "in CUDA graphs"
