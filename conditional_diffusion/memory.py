@@ -22,7 +22,7 @@ FULL = 0.05  # free share of the GPU, below which they are taken for memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MEMORY_SHARE = 0.8  # of what is free; the rest is for fragmentation and for other programs
-TRIAL_PICTURES = 4
+TRIALS = (8, 4, 2, 1)  # pictures; with few the peak may lie where the network alone counts
 LARGEST_BATCH = 256  # a GPU is long busy by then, and an interruption loses the batch
 # On a CPU larger batches are not faster: pictures of 128 pixels cost the same from 8 at a time.
 CPU_BATCH_PIXELS = 16 * 128**2
@@ -103,17 +103,23 @@ def fitting_batch_size(
 ) -> int:
     """How many pictures of so many pixels to work on together on this device, from 1 to `largest`.
 
-    On CUDA what trial(n), which works on n pictures, needs for one more is the measure.
+    On CUDA the measure is what trial(n), which works on n pictures, needs for one more.
     """
     if device.type != "cuda":
         affordable = MEMORY_SHARE * available_cpu_memory() / CPU_BYTES_PER_PIXEL
-        fitting = min(CPU_BATCH_PIXELS, affordable) / pixels
-    else:
-        trial(1)  # what libraries take once
-        one, several = peak_memory(trial, 1, device), peak_memory(trial, TRIAL_PICTURES, device)
-        one_more = max(1, (several - one) / (TRIAL_PICTURES - 1))
+        return int(min(max(1, min(CPU_BATCH_PIXELS, affordable) / pixels), largest))
+    trial(1)  # what libraries take once
+    for count in TRIALS:
+        try:
+            peak, peak_of_twice = (peak_memory(trial, n, device) for n in (count, 2 * count))
+        except MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            continue
         torch.cuda.empty_cache()  # or the trial's own memory would not count as free
         free, _ = torch.cuda.mem_get_info(device)
-        left = MEMORY_SHARE * free - (one - torch.cuda.memory_allocated(device))
-        fitting = 1 + left / one_more
-    return int(min(max(1, fitting), largest))
+        left = MEMORY_SHARE * free - (peak - torch.cuda.memory_allocated(device))
+        one_more = max(1, (peak_of_twice - peak) / count)
+        return int(min(max(1, count + left / one_more), largest))
+    return 1
