@@ -4,15 +4,17 @@
 
 From the C files beside this one it builds libraries that torch takes for CUDA's runtime, driver,
 cuBLAS and cuDNN. All that the host does is real: choices, allocations and their peak, launches,
-compiled kernels, waiting. All numbers read from the GPU are zero, all truths true. Needs Linux, gcc
-and torch's build for CUDA 13, and is in the way where there is a GPU.
+compiled kernels, waiting. All numbers read from the GPU are zero, all truths true. Needs Linux,
+gcc, Python's headers and torch's build for CUDA 13, and is in the way where there is a GPU.
 """
 
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -33,9 +35,10 @@ def why_not() -> str:
     lacking = [path.name for paths in COPIED.values() for path in paths if not path.exists()]
     if lacking:
         return f"torch has no {', '.join(lacking)}"
-    for tool in ("gcc", "nm"):
-        if subprocess.run(["which", tool], capture_output=True).returncode:
-            return f"no {tool}"
+    if missing := [tool for tool in ("gcc", "nm") if not shutil.which(tool)]:
+        return f"there is no {missing[0]}"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton needs Python's headers"
     return "there is a GPU" if Path("/dev/nvidiactl").exists() else ""
 
 
