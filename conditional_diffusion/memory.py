@@ -115,7 +115,6 @@ def fitting_batch_size(
         except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
             continue
         torch.cuda.empty_cache()  # or the trial's own memory would not count as free
         free, _ = torch.cuda.mem_get_info(device)

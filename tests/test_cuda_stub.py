@@ -61,11 +61,12 @@ with pytest.raises(RuntimeError, match="invalid configuration"):  # see MOST_GRO
 torch.cuda.set_sync_debug_mode("error")
 with pytest.raises(RuntimeError, match="synchronizing"):
     x.sum().item()
+print("noticed all")
 """
 
 
 def test_the_stub_notices_what_it_is_here_for(python):
-    python("-c", NOTICES, gib=1)
+    assert "noticed all" in python("-c", NOTICES, gib=1)
 
 
 STEPS = """
@@ -89,11 +90,14 @@ for dtype in (None, torch.bfloat16, torch.float16):
         for _ in range(3):
             engine.train_step(*next(batches))
         torch.cuda.set_sync_debug_mode("default")
+        print("none waited:", dtype, optimizer, engine.step)
 """
 
 
 def test_no_training_step_waits(python):
-    python("-W", "ignore", "-c", STEPS)
+    """torch raises an error where one does."""
+    said = python("-W", "ignore", "-c", STEPS)
+    assert len(re.findall(r"none waited: .* 4$", said, re.MULTILINE)) == 6
 
 
 def test_a_run_is_trained_continued_drawn_from_and_scored(python):

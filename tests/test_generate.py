@@ -185,7 +185,8 @@ def test_batch_size_is_chosen_only_where_none_is_given(draw, monkeypatch):
 
 @pytest.mark.parametrize(
     "free, per_picture, expected",
-    [(10 * GIB, 50 * 2**20, 163), (GIB // 8, GIB, 1), (100 * GIB, 2**20, memory.LARGEST_BATCH)],
+    [(10 * GIB, 50 * 2**20, 163), (10 * GIB, 2 * GIB, 4), (GIB // 8, GIB, 1),
+     (100 * GIB, 2**20, memory.LARGEST_BATCH)],
 )
 def test_cuda_batch_takes_its_share_of_free_memory(monkeypatch, free, per_picture, expected):
     """Library memory (300 MiB, once) and the trial's own cached blocks must not count."""
@@ -194,6 +195,8 @@ def test_cuda_batch_takes_its_share_of_free_memory(monkeypatch, free, per_pictur
     def trial(count):
         libraries = 300 * 2**20 if state["used"] == GIB else 0
         state["used"] += libraries
+        if count > 1 and count * per_picture > free:
+            raise torch.OutOfMemoryError("out of memory")
         state["peak"] = max(state["peak"], state["used"] + count * per_picture)
         state["cached"] = count * per_picture
 
