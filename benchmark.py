@@ -48,14 +48,20 @@ from build import (
 )
 from conditional_diffusion import SAMPLERS, CosineNoiseScheduler, TrainingEngine, training_engine
 from conditional_diffusion.processes import average_gradients
-from conditional_diffusion.sampler import autocast
+from conditional_diffusion.sampler import RecordedPredictions, autocast
 from conditional_diffusion.training_engine import diffusion_loss
 from config import AUTO_BATCH, CLASS_NAMES, Config, ConfigError
 from data import Split, TrainingBatches, to_images, to_x_start
 from gpu_status import first_line
 from peers import PEERS
 from run_directory import write_json
-from training_run import compile_training, missing_compiler, peak_memory_gib
+from training_run import (
+    compile_training,
+    missing_compiler,
+    peak_memory_gib,
+    record_training,
+    records_training,
+)
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 BURN_IN = 2  # rounds that are not counted
@@ -88,9 +94,10 @@ def products_in_tf32() -> Iterator[None]:
 SWITCHES = {
     "without compile": ({"train.compile": "false"}, nullcontext),
     "without channels_last": ({"train.channels_last": "false"}, nullcontext),
-    "in CUDA graphs": ({}, partial(
-        inductor.patch, {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
-    )),
+    "without CUDA graphs": ({"train.cuda_graphs": "false"}, nullcontext),
+    "without compile and CUDA graphs": (
+        {"train.compile": "false", "train.cuda_graphs": "false"}, nullcontext
+    ),
     "channels_last throughout": ({}, partial(inductor.patch, force_layout_optimization=True)),
     "cuDNN trying kernels": (
         {}, partial(cudnn.flags, enabled=True, benchmark=True, allow_tf32=False)
@@ -102,7 +109,7 @@ SWITCHES = {
     "float32 products in TF32": ({}, products_in_tf32),
     "without mixed precision": ({"train.precision": "fp32"}, nullcontext),
 }
-COMPILED = ("compiled with the loss", "compiled", "in CUDA graphs")  # not by compile_training
+COMPILED = ("compiled with the loss", "compiled")  # not by compile_training
 USER_ERRORS = (ConfigError,)
 
 
@@ -240,9 +247,12 @@ def matmul_peak(device: torch.device, dtype: torch.dtype | None) -> float:
 
 
 def engine_for(
-    model: nn.Module, config: Config, device: torch.device, images: int
+    model: nn.Module, config: Config, device: torch.device, images: int, *, recorded: bool = True
 ) -> TrainingEngine:
-    """The product's training step around any network of our signature, for so many images."""
+    """The product's training step around any network of our signature, for so many images.
+
+    What is recorded shows no peak of memory.
+    """
     scheduler = CosineNoiseScheduler().to(device)
     engine = TrainingEngine(
         model, scheduler, total_steps=10**6, learning_rate=1e-4,
@@ -250,6 +260,8 @@ def engine_for(
     )
     if switched_on(config.train.compile, device):
         compile_training(engine, random_batch(images, config.data.image_size, device))
+    if recorded and records_training(config, engine):
+        record_training(engine, random_batch(images, config.data.image_size, device))
     return engine
 
 
@@ -361,7 +373,7 @@ def peak_of_a_step(config: Config, name: str) -> tuple[float, float]:
     device = choose_device(config)
     batch = random_batch(MEMORY_BATCH, config.data.image_size, device)
     model, config = new_network(name, config, device), training_config(name, config)
-    engine = engine_for(model, config, device, MEMORY_BATCH)
+    engine = engine_for(model, config, device, MEMORY_BATCH, recorded=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # compiling has raised it
     before = peak_memory_gib(device)
@@ -417,7 +429,8 @@ def compare_processes(report: Report, config: Config) -> None:
     torch.compiler.reset()
     images, device = config.train.batch_size, report.device
     batch = random_batch(images, config.data.image_size, device)
-    engines = {name: engine_for(build_model(config, device)[0], config, device, images)
+    engines = {name: engine_for(build_model(config, device)[0], config, device, images,
+                                recorded=False)  # which one of several cannot
                for name in ("alone", "in a group of one")}
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(
@@ -452,14 +465,19 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
     torch.compiler.reset()
     gc.collect()  # the variant before
     torch.cuda.empty_cache()
-    engine = engine_for(build_model(config, device)[0], config, device, images)
+    engine = engine_for(build_model(config, device)[0], config, device, images, recorded=False)
     flops = 3 * images * forward_flops(engine.model, config.data.image_size, device)
-    work = partial(engine.train_step, *random_batch(images, config.data.image_size, device))
+    batch = random_batch(images, config.data.image_size, device)
+    work = partial(engine.train_step, *batch)
     work()
     torch.cuda.reset_peak_memory_stats(device)  # compiling, and running out of memory, raised it
+    work()
+    memory = round(peak_memory_gib(device), 2)
+    if records_training(config, engine):
+        record_training(engine, batch)
     report.add("training step", name, report.time({name: work})[name], images,
-               flops=flops, peak=peak, peak_GiB=round(peak_memory_gib(device), 2),
-               parts=engine.micro_batches, network_compiled=engine.network is not engine.model)
+               flops=flops, peak=peak, peak_GiB=memory, parts=engine.micro_batches,
+               network_compiled=engine.network is not engine.model, recorded=engine.recorded)
 
 
 def compare_on_cuda(report: Report, config: Config) -> None:
@@ -479,13 +497,14 @@ def time_grids(report: Report, config: Config) -> None:
     size, device = config.data.image_size, report.device
     model, scheduler = build_model(config, device)
     labels = torch.arange(GRID_PICTURES, device=device) % len(CLASS_NAMES)
-    for sampler, steps in GRIDS:
+    for (sampler, steps), recorded in itertools.product(GRIDS, (True, False)):
         chain = SAMPLERS[sampler](
             scheduler, num_inference_steps=steps, guidance_scale=2.0,
-            autocast_dtype=sampling_dtype(config, device),
+            autocast_dtype=sampling_dtype(config, device), cuda_graphs=recorded,
         )
         draw = partial(chain.sample, model, labels, (3, size, size), range(GRID_PICTURES))
-        report.add("grid", f"{sampler}, {steps} steps, guided", [seconds(draw, device)],
+        way = "" if recorded else ", without CUDA graphs"
+        report.add("grid", f"{sampler}, {steps} steps, guided{way}", [seconds(draw, device)],
                    GRID_PICTURES)
 
 
@@ -499,12 +518,20 @@ def compare_sampling(report: Report, config: Config) -> None:
     ways = {"as it is": (model, dtype), "in float32": (model, None),
             "without channels_last": (contiguous, dtype),
             "in float32 without channels_last": (contiguous, None),
-            "compiled": (torch.compile(model, dynamic=False), dtype),
-            "in CUDA graphs": (torch.compile(model, mode="reduce-overhead", dynamic=False), dtype)}
+            "compiled": (torch.compile(model, dynamic=False), dtype)}
     torch.compiler.reset()
-    times = report.time({name: partial(sample_step, network, batch, precision)
-                         for name, (network, precision)
-                         in without_compiled(ways, device).items()})
+    works = {name: partial(sample_step, network, batch, precision)
+             for name, (network, precision) in without_compiled(ways, device).items()}
+    recorded = RecordedPredictions(model, dtype)
+    x_t, labels = batch
+
+    @torch.no_grad()
+    def in_a_graph() -> None:
+        recorded(x_t, labels, labels, 1.0)
+
+    times = report.time(works | {"in a CUDA graph": in_a_graph})
+    if not recorded.by_scale[1.0]:
+        del times["in a CUDA graph"]  # which the log has given the reason for
     for name, values in times.items():
         report.add("sampling step", name, values, images)
 

@@ -159,6 +159,6 @@ def build_sampler(config: Config, scheduler, *, grid: bool = False):
     return SAMPLERS[name](
         scheduler, num_inference_steps=sample.grid_steps if grid else sample.num_inference_steps,
         guidance_scale=sample.guidance_scale, guidance_interval=sample.guidance_interval,
-        clip_x_start=sample.clip_x_start, **options,
+        clip_x_start=sample.clip_x_start, cuda_graphs=sample.cuda_graphs, **options,
         autocast_dtype=sampling_dtype(config, scheduler.alphas_cumprod.device),
     )

@@ -15,6 +15,7 @@ import config as settings
 from build import build_model, build_sampler, switched_on, training_dtype
 from conditional_diffusion import TrainingEngine, save_checkpoint
 from conditional_diffusion.checkpoint import require_weights
+from conditional_diffusion.cuda_graphs import RecordingError
 from conditional_diffusion.memory import OutOfMemory, fitting_batch_size
 from conditional_diffusion.processes import Processes
 from conditional_diffusion.sampler import autocast
@@ -85,6 +86,19 @@ def compile_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> No
         reason = reason or "another process has no compiler"
         say(f"torch.compile does not work here ({reason[:200]}); training goes on without it, "
             "--train.compile false does so at once")
+
+
+def records_training(config: Config, engine: TrainingEngine) -> bool:
+    on_cuda = engine.device.type == "cuda"
+    return config.train.cuda_graphs and on_cuda and not engine.processes.several
+
+
+def record_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
+    """Make the training step a CUDA graph, or say why not."""
+    try:
+        engine.record(*batch)
+    except RecordingError as error:
+        say(f"training goes on without CUDA graphs ({str(error)[:200]})")
 
 
 class Run:
@@ -314,6 +328,8 @@ class Run:
             first = next(self.batches.starting_at(engine.step))
             if switched_on(train.compile, self.device):
                 compile_training(engine, first)
+            if records_training(self.config, engine):
+                record_training(engine, first)
             if self.processes.several and engine.network is engine.model:
                 engine.rehearse(*first)
         for step in engine.train(self.batches.starting_at(engine.step)):

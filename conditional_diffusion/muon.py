@@ -53,8 +53,8 @@ def orthogonal_factors(gram: Tensor) -> Tensor:
     return factors * norm.rsqrt()
 
 
-def orthogonalised(stacks: list[Tensor]) -> list[Tensor]:
-    """Each matrix X = U S V^T of float32 stacks (n, rows, columns) as U S' V^T, S' near one.
+def orthogonalised(stacks: list[Tensor], scale: Tensor | float = 1.0) -> list[Tensor]:
+    """Each matrix X = U S V^T of float32 stacks (n, rows, columns) as scale U S' V^T, S' near one.
 
     S' lies between 0.80 and 1.20, but for singular values below 0.003 of the root of the norm of
     X X^T, which come out smaller.
@@ -66,8 +66,8 @@ def orthogonalised(stacks: list[Tensor]) -> list[Tensor]:
     results = list(stacks)
     for indices in by_rows.values():
         grams = [torch.bmm(wide[index], wide[index].mT) for index in indices]
-        factors = orthogonal_factors(torch.cat(grams)).split([len(gram) for gram in grams])
-        for index, factor in zip(indices, factors):
+        factors = scale * orthogonal_factors(torch.cat(grams))
+        for index, factor in zip(indices, factors.split([len(gram) for gram in grams])):
             result = torch.bmm(factor, wide[index])
             results[index] = result if wide[index] is stacks[index] else result.mT
     return results
@@ -84,12 +84,13 @@ class Muon(torch.optim.Optimizer):
     A parameter of more than two dimensions, contiguous or channels_last, counts as a matrix of its
     outputs by all else. Updates are scaled to one root mean square, UPDATE_RMS learning rates,
     whatever the matrix's shape, so that AdamW and Muon share a learning rate (Liu et al. 2025, sec.
-    2.2). Steps are left out where `found_inf` is not zero, as by torch's fused AdamW. Products stay
-    in float32: in bfloat16 the gram matrix of a nearly singular one is no longer positive.
+    2.2), a number or a tensor without dimensions. Steps are left out where `found_inf` is not zero,
+    as by torch's fused AdamW. Products stay in float32: in bfloat16 the gram matrix of a nearly
+    singular one is no longer positive.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0,
-                 momentum: float = 0.95):
+    def __init__(self, params: Iterable[nn.Parameter], lr: Tensor | float,
+                 weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.momentum = momentum
         self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
@@ -103,7 +104,8 @@ class Muon(torch.optim.Optimizer):
             if weights := [weight for weight in group["params"] if weight.grad is not None]:
                 self._step(weights, group["lr"], group["weight_decay"])
 
-    def _step(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def _step(self, parameters: list[nn.Parameter], lr: Tensor | float,
+              weight_decay: float) -> None:
         finite = self.found_inf == 0
         by_shape: dict[tuple, list[nn.Parameter]] = {}
         for parameter in parameters:
@@ -115,14 +117,14 @@ class Muon(torch.optim.Optimizer):
         sizes = [numel * len(alike) for (_, numel), alike in by_shape.items()]
         stacks = [part.view(-1, rows, numel // rows)
                   for part, (rows, numel) in zip(ahead.split(sizes), by_shape)]
-        updates = orthogonalised(stacks)  # (n, rows, columns) each
+        updates = orthogonalised(stacks, lr)  # (n, rows, columns) each
         if weight_decay > 0:
             torch._foreach_mul_(parameters, 1 - lr * weight_decay * finite)
         for alike, update in zip(by_shape.values(), updates):
             # An orthogonal matrix has a root mean square of one by the root of its longer side.
             length = UPDATE_RMS * math.sqrt(max(update.shape[1:]))
             weights = [in_order_of(parameter, parameter) for parameter in alike]
-            torch._foreach_sub_(weights, list(update.flatten(1)), alpha=lr * length)
+            torch._foreach_sub_(weights, list(update.flatten(1)), alpha=length)
 
     def _look_ahead(self, parameters: list[nn.Parameter], finite: Tensor) -> Tensor:
         """Nesterov's look ahead of all parameters, a vector; momentum updated.

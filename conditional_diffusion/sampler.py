@@ -7,16 +7,19 @@ depends on its seed and class alone.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .memory import in_parts
+from .cuda_graphs import Recording, RecordingError, record
+from .memory import in_parts, logger
 from .noise_scheduler import CosineNoiseScheduler, posterior_coefficients
 
 # Of the timesteps, where sampling begins: beyond, the log-SNR of a cosine schedule falls so steeply
 # that a step there would be a leap (Lu et al. 2022, in their code).
 FIRST_TIMESTEP = 0.9946
+FEWEST_RECORDED = 20  # steps for which a CUDA graph is made, which takes the time of some
 
 
 def even_in_time(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
@@ -63,9 +66,55 @@ def guided_prediction(
     return uncond + guidance_scale * (cond - uncond)
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+def autocast(
+    device: torch.device, dtype: torch.dtype | None, *, cache_enabled: bool = True
+) -> torch.autocast:
     """torch.autocast with this dtype; None leaves everything in float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return torch.autocast(
+        device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache_enabled
+    )
+
+
+def worth_recording(device: torch.device, steps: int) -> bool:
+    return device.type == "cuda" and steps >= FEWEST_RECORDED
+
+
+class RecordedPredictions:
+    """guided_prediction(model, ...) by CUDA graphs, of one shape of x_t at a time.
+
+    What cannot be recorded goes on as it is, said in the log.
+    """
+
+    def __init__(self, model: nn.Module, autocast_dtype: torch.dtype | None):
+        self.model, self.dtype = model, autocast_dtype
+        self.shape: torch.Size | None = None
+        self.by_scale: dict[float, Recording | None] = {}
+
+    def __call__(self, x_t, timesteps, class_labels, guidance_scale: float) -> Tensor:
+        inputs = x_t, timesteps, class_labels
+        if x_t.shape != self.shape:
+            self.shape = x_t.shape
+            self.by_scale.clear()
+        if guidance_scale not in self.by_scale:
+            self.by_scale[guidance_scale] = self._record(inputs, guidance_scale)
+        if recording := self.by_scale[guidance_scale]:
+            return recording(*inputs)[0].clone()  # a step may keep it
+        return guided_prediction(self.model, *inputs, guidance_scale)
+
+    def _record(self, inputs: Sequence[Tensor], guidance_scale: float) -> Recording | None:
+        x_t, timesteps, class_labels = inputs
+
+        def work(*inputs: Tensor) -> list[Tensor]:
+            # Without the cache, because cast weights in it would not stay where they are.
+            with autocast(x_t.device, self.dtype, cache_enabled=False):
+                return [guided_prediction(self.model, *inputs, guidance_scale)]
+
+        other = x_t.flip(-1), torch.zeros_like(timesteps), class_labels.roll(1)
+        try:
+            return record(work, other, inputs)
+        except RecordingError as error:
+            logger.warning("sampling goes on without CUDA graphs (%s)", error)
+            return None
 
 
 @contextmanager
@@ -92,6 +141,7 @@ class Sampler:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     clip_x_start: bool = True  # the predicted clean image to [-1, 1], the only clamp there is
     autocast_dtype: torch.dtype | None = None  # as of TrainingEngine; the state stays float32
+    cuda_graphs: bool = False  # on CUDA the network by CUDA graphs, if there are enough steps
 
     def __post_init__(self):
         T, N = self.scheduler.num_train_timesteps, self.num_inference_steps
@@ -157,15 +207,19 @@ class Sampler:
             batch_size: pictures denoised together; None means all.
             callback: called with (steps done in this batch, x_t, x_start) after each step.
         """
+        device, predict = class_labels.device, partial(guided_prediction, model)
+        if self.cuda_graphs and worth_recording(device, len(self.timesteps)):
+            predict = RecordedPredictions(model, self.autocast_dtype)
+
         @torch.no_grad()
         def draw(part: slice) -> Tensor:
             # One autocast for all steps: it casts weights that require gradients only once.
-            with evaluating(model), autocast(class_labels.device, self.autocast_dtype):
-                return self._sample_batch(model, class_labels[part], shape, seeds[part], callback)
+            with evaluating(model), autocast(device, self.autocast_dtype):
+                return self._sample_batch(predict, class_labels[part], shape, seeds[part], callback)
 
         return in_parts(draw, len(seeds), batch_size or len(seeds), "pictures")
 
-    def _sample_batch(self, model, class_labels, shape, seeds, callback) -> Tensor:
+    def _sample_batch(self, predict, class_labels, shape, seeds, callback) -> Tensor:
         device = class_labels.device
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
@@ -177,7 +231,7 @@ class Sampler:
         previous_timesteps = [*self.timesteps[1:], -1]
         for done, (t, previous) in enumerate(zip(self.timesteps, previous_timesteps), start=1):
             timesteps = torch.full((len(x_t),), t, device=device)
-            output = guided_prediction(model, x_t, timesteps, class_labels, self.scale_at(t))
+            output = predict(x_t, timesteps, class_labels, self.scale_at(t))
             x_start = self.scheduler.predict_x_start(output.float(), x_t, timesteps)
             if self.clip_x_start:
                 x_start = x_start.clamp(-1, 1)

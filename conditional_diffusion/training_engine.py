@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cuda_graphs import Recording, record
 from .memory import MEMORY_ERRORS, OutOfMemory, in_parts, is_out_of_memory, logger
 from .muon import Muon, matrix_weights
 from .noise_scheduler import CosineNoiseScheduler
@@ -27,6 +28,7 @@ from .sampler import autocast, evaluating
 
 # Running sums since the last record, by attribute; durations are not among them.
 SUMS = ("_losses", "_counts", "_grad_norms", "_summed_steps")
+SKIPS = ("_skipped", "_skipped_in_a_row", "_most_in_a_row")
 FP16_HALVINGS = 16  # from the scale that loss scaling starts with down to 1
 # Room on each GPU for what several processes exchange, beside one more copy of the gradients.
 NCCL_BYTES = 2**29
@@ -151,8 +153,11 @@ class TrainingEngine:
         self.device = next(self.model.parameters()).device
         self.step = self.images_seen = 0
         self.micro_batches = 1  # parts of a batch, or of this process's share of it
+        # Of the present step; on the device, where a recording can read it.
+        self._rate = torch.zeros((), device=self.device)
         self._draws: dict[tuple, tuple[Tensor, Tensor]] = {}  # of validations, by their shape
         self.optimizers = self._make_optimizers()
+        self._share_rate()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype is torch.float16
         )
@@ -164,11 +169,16 @@ class TrainingEngine:
         # What the training steps call: the model or its compiled form; once tied, inside what
         # averages its gradients over the processes.
         self.network, self.tied = self.model, False
+        self._recording: Recording | None = None  # of _take_step, see record
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
         weights = min_snr_weights(self.scheduler, self.min_snr_gamma)
         self._cumulative, self._loss_weights = importance_sampling(weights)
+        self._losses = torch.zeros(QUARTERS, device=self.device)
+        self._counts = torch.zeros_like(self._losses)
+        self._grad_norms = torch.zeros((), device=self.device)
+        self._summed_steps = torch.zeros_like(self._grad_norms)
         self._reset_sums()
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -179,8 +189,19 @@ class TrainingEngine:
         chosen = {id(weight) for weight in matrices}
         rest = [weight for weight in self.model.parameters() if id(weight) not in chosen]
         # Of all kinds of AdamW the fused one can be told by a tensor to leave a step out.
-        adamw = [torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **options)] if rest else []
-        return adamw + ([Muon(matrices, **options)] if matrices else [])
+        optimizers: list[torch.optim.Optimizer] = []
+        if rest:
+            optimizers.append(torch.optim.AdamW(
+                rest, betas=(0.9, 0.99), fused=True, capturable=True, **options
+            ))
+        return optimizers + ([Muon(matrices, **options)] if matrices else [])
+
+    def _share_rate(self) -> None:
+        """Make the learning rate of all optimizers one tensor."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                self._rate.fill_(float(group["lr"]))
+                group["lr"] = self._rate
 
     def train_step(self, x_start: Tensor, class_labels: Tensor) -> None:
         """One optimizer step on x_start (B, C, H, W) in [-1, 1] with class_labels (B,).
@@ -192,7 +213,21 @@ class TrainingEngine:
         """
         if self.processes.several and not self.tied:
             self._tie()
-        batch_size = len(class_labels)
+        self._rate.fill_(self.current_learning_rate)
+        self._seed()
+        (self._recording or self._take_step)(x_start, class_labels)
+        self.step += 1
+        self.images_seen += len(class_labels)
+        self._update_average(len(class_labels))
+        self._summed_images += len(class_labels)
+        if self.device.type != "cuda":
+            self._check_budget()
+
+    def _seed(self) -> None:
+        torch.manual_seed(step_seed(self.seed, self.step))  # dropout included, hence global
+
+    def _take_step(self, x_start: Tensor, class_labels: Tensor) -> list[Tensor]:
+        """What a GPU has to do for a step, but for the average. It answers nothing, as recorded."""
         losses, timesteps = self._compute_gradients_in_parts(x_start, class_labels)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -200,24 +235,54 @@ class TrainingEngine:
         finite = torch.isfinite(grad_norm)  # a loss that is not finite makes the norm so too
         found_inf = (~finite).float()
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.current_learning_rate
             # Not by the scaler, which would judge the gradients of each by themselves.
             optimizer.found_inf = found_inf
             optimizer.step()
         self.scaler.update()
         self.model.zero_grad()
-
-        self.step += 1
-        self.images_seen += batch_size
-        self._update_average(batch_size)
         self._skipped += ~finite
         self._skipped_in_a_row.add_(1).mul_(~finite)
         self._most_in_a_row.copy_(torch.maximum(self._most_in_a_row, self._skipped_in_a_row))
         self._add_to_sums(losses, timesteps, grad_norm, finite)
-        self._summed_images += batch_size
-        if self.device.type != "cuda":
-            self._check_budget()
+        return []
+
+    def record(self, x_start: Tensor, class_labels: Tensor) -> None:
+        """From the next step on, of batches of this shape, launch steps as one CUDA graph.
+
+        Raises RecordingError, with nothing changed, unless it does what is done without it. Several
+        processes cannot.
+        """
+        scaling = self.scaler.state_dict()
+
+        def before() -> None:
+            self._rate.fill_(self.learning_rate)
+            if scaling:
+                self.scaler.load_state_dict(scaling | {"scale": 1.0})  # at first it is too large
+            torch.manual_seed(step_seed(self.seed, self.step + 1))
+
+        self.rehearse(x_start, class_labels)  # in how many parts
+        try:
+            self._recording = record(
+                self._take_step, (x_start, class_labels),
+                (x_start.flip(-1), class_labels.roll(1)), before=before, changing=self._changing,
+            )
+        finally:
+            self.model.zero_grad()
+            self.scaler.load_state_dict(scaling)
+
+    @property
+    def recorded(self) -> bool:
+        return self._recording is not None
+
+    def _changing(self) -> dict[str, list[Tensor]]:
+        """The tensors that steps change, by kind."""
+        kinds = {name: [getattr(self, name)] for name in (*SUMS, *SKIPS, "_rate")}
+        kinds["weights"] = self._weights
+        for optimizer in self.optimizers:
+            for moments in optimizer.state.values():
+                for name, value in moments.items():
+                    kinds.setdefault(name, []).append(value)
+        return kinds
 
     def _tie(self) -> None:
         """Make one step of what the processes do; the number of parts must then be the same.
@@ -254,6 +319,7 @@ class TrainingEngine:
                     f"{self.processes.world_size}; end what else uses its device, then run again"
                 )
             self.model.zero_grad()
+            self._seed()
             self._split_further(len(x_start))
 
     def _compute_gradients(self, x_start: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,8 +330,6 @@ class TrainingEngine:
         the whole batch.
         """
         batch_size, share = len(class_labels), self.processes.share(len(class_labels))
-        seed = step_seed(self.seed, self.step)
-        torch.manual_seed(seed)  # dropout included, hence global
         timesteps = stratified_timesteps(batch_size, self._cumulative)[share]
         noise = torch.randn(batch_size, *x_start.shape[1:], device=self.device)[share]
         if self.class_dropout_prob > 0:
@@ -274,7 +338,8 @@ class TrainingEngine:
             )
         class_labels = class_labels[share]
         if not self.processes.leads:
-            torch.manual_seed(seed + self.processes.rank)  # for dropout of its own
+            # For dropout of its own.
+            torch.manual_seed(step_seed(self.seed, self.step) + self.processes.rank)
 
         if not self.model.training:
             self.model.train()
@@ -307,6 +372,7 @@ class TrainingEngine:
         if self.processes.several and self.device.type == "cuda":
             size = sum(weight.nbytes for weight in self._weights) + NCCL_BYTES
             reserve = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._seed()
         try:
             self._compute_gradients_in_parts(x_start, class_labels)
         finally:
@@ -354,10 +420,8 @@ class TrainingEngine:
         )
 
     def _reset_sums(self) -> None:
-        self._losses = torch.zeros(QUARTERS, device=self.device)
-        self._counts = torch.zeros(QUARTERS, device=self.device)
-        self._grad_norms = torch.zeros((), device=self.device)
-        self._summed_steps = torch.zeros((), device=self.device)
+        for name in SUMS:
+            getattr(self, name).zero_()
         self._summed_images = 0
         self._seconds = self._data_seconds = 0.0
 
@@ -487,6 +551,7 @@ class TrainingEngine:
 
     def load_state_dict(self, state: dict) -> None:
         """Inverse of state_dict."""
+        self._recording = None  # of what lay elsewhere
         self.model.load_state_dict(state["model"])
         self.ema_model.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -502,6 +567,7 @@ class TrainingEngine:
                 for name, value in moments.items():
                     own = parameter if value.shape == parameter.shape else value
                     moments[name] = torch.empty_like(own).copy_(value)
+        self._share_rate()
         self.step, self.images_seen = state["step"], state["images_seen"]
         self._skipped.fill_(state["skipped_steps"])
         self._skipped_in_a_row.fill_(state["skipped_in_a_row"])
@@ -510,4 +576,5 @@ class TrainingEngine:
         for name in SUMS:
             getattr(self, name).copy_(state["sums"][name])
         if not self.processes.leads:  # the leader has them all
-            self._losses, self._counts = torch.zeros(2, QUARTERS, device=self.device)
+            self._losses.zero_()
+            self._counts.zero_()

@@ -66,7 +66,10 @@ def test_what_is_measured_on_cuda_runs_through(monkeypatch):
     benchmark.time_grids(report, config)
     benchmark.compare_on_cuda(report, config)
     found = {(m["what"], m["name"], m["images"]) for m in report.content["measurements"]}
-    assert found == {("training step", "batch 2", 2), ("grid", "ddpm, 2 steps, guided", 2)} | {
+    assert found == {
+        ("training step", "batch 2", 2), ("grid", "ddpm, 2 steps, guided", 2),
+        ("grid", "ddpm, 2 steps, guided, without CUDA graphs", 2),
+    } | {
         ("training step", name, 3) for name in benchmark.without_compiled(benchmark.SWITCHES, CPU)
     }
     assert [getattr(*switch) for switch in switches] == before
@@ -95,7 +98,7 @@ def test_without_a_compiler_only_what_needs_none_is_measured(monkeypatch, capsys
     kept = list(benchmark.without_compiled(benchmark.SWITCHES, CPU))
     said = capsys.readouterr().out
     if problem:
-        assert set(benchmark.SWITCHES) - set(kept) == {"compiled with the loss", "in CUDA graphs"}
+        assert set(benchmark.SWITCHES) - set(kept) == {"compiled with the loss"}
         assert said.startswith("left out") and problem in said and "with the loss" in said
     else:
         assert kept == list(benchmark.SWITCHES) and said == ""
@@ -119,7 +122,7 @@ def test_a_process_that_dies_leaves_the_rest_of_the_benchmark(monkeypatch, capsy
 @pytest.mark.usefixtures("own_directory")
 def test_a_row_that_fails_leaves_the_others_and_is_an_error_at_the_end(monkeypatch, call):
     def time_training(report, name, config, images):
-        if name == "in CUDA graphs":
+        if name == "without CUDA graphs":
             raise AssertionError("capture failed\nat length")
         report.note("training step", name)
 
@@ -131,15 +134,15 @@ def test_a_row_that_fails_leaves_the_others_and_is_an_error_at_the_end(monkeypat
     monkeypatch.setattr(benchmark, "compare_sizes", benchmark.compare_on_cuda)
     status, said = call(benchmark, "--device", "cpu", "--sizes")
     assert status == 1
-    assert_one_sentence(said, "not measured, for the reasons above: in CUDA graphs")
+    assert_one_sentence(said, "not measured, for the reasons above: without CUDA graphs")
     records = json.loads(Path("benchmark.json").read_text())["measurements"]
     (failed,) = [record for record in records if record["what"] == "not measured"]
     assert (failed["name"], failed["reason"]) == (
-        "in CUDA graphs", "AssertionError: capture failed"
+        "without CUDA graphs", "AssertionError: capture failed"
     )
     measured = {record["name"] for record in records if record["what"] == "training step"}
     assert measured == {"batch 64", "batch 256", "batch 1024", *benchmark.SWITCHES} - {
-        "in CUDA graphs"
+        "without CUDA graphs"
     }
 
 

@@ -86,18 +86,22 @@ for dtype in (None, torch.bfloat16, torch.float16):
         split = Split(images, torch.arange(20) % 10)
         batches = TrainingBatches(split, DataConfig(image_size=16), 4, 0, "cuda").starting_at(0)
         engine.train_step(*next(batches))
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(3):
-            engine.train_step(*next(batches))
-        torch.cuda.set_sync_debug_mode("default")
-        print("none waited:", dtype, optimizer, engine.step)
+        for recorded in (False, True):
+            if recorded:
+                engine.record(*next(batches))
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(3):
+                engine.train_step(*next(batches))
+            torch.cuda.set_sync_debug_mode("default")
+            print("none waited:", dtype, optimizer, engine.recorded, engine.step)
 """
 
 
 def test_no_training_step_waits(python):
     """torch raises an error where one does."""
     said = python("-W", "ignore", "-c", STEPS)
-    assert len(re.findall(r"none waited: .* 4$", said, re.MULTILINE)) == 6
+    assert len(re.findall(r"none waited: .* False 4$", said, re.MULTILINE)) == 6
+    assert len(re.findall(r"none waited: .* True 7$", said, re.MULTILINE)) == 6
 
 
 def test_a_run_is_trained_continued_drawn_from_and_scored(python):
@@ -105,13 +109,15 @@ def test_a_run_is_trained_continued_drawn_from_and_scored(python):
     script = ROOT / "train_model.py"
     said = python(script, *uncompiled, "--epochs", "1")
     assert "cuda:0, bf16" in said and "step 6: validation loss" in said
+    assert "without CUDA graphs" not in said
     assert "continuing at step 6" in python(script, *uncompiled, "--epochs", "2")
     facts = json.loads((python.folder / "checkpoints/run.json").read_text())
     assert (facts["state"], facts["device"]) == ("finished", "cuda:0")
     assert "Stub GPU" in facts["machine"]
     for sampler in ("ddpm", "sde-dpm-solver++"):
-        said = python(ROOT / "generate_samples.py", "--samples", "1", "--sampler", sampler)
-        assert "on cuda:0" in said
+        said = python(ROOT / "generate_samples.py", "--samples", "1", "--sampler", sampler,
+                      "--steps", "20")
+        assert "on cuda:0" in said and "without CUDA graphs" not in said
     assert len(list((python.folder / "generated_images").glob("cat*.png"))) == 1
     said = python(ROOT / "evaluate_samples.py", "--samples", "2", "--no-inception")
     assert "on cuda:0" in said and "class agreement" in said
@@ -123,13 +129,14 @@ def test_a_run_is_compiled(python):
                   "--model.channel_mult", "1", "--model.num_res_blocks", "1",
                   "--model.attention_sizes", "8")
     assert "cuda:0, bf16" in said and "compiling the network" in said
-    assert "torch.compile does not work" not in said
+    assert "torch.compile does not work" not in said and "without CUDA graphs" not in said
 
 
 def test_a_gpu_without_bf16_trains_in_fp16(python):
     said = python(ROOT / "train_model.py", *TRAINING, "--samples", "8", "--epochs", "1", "--fresh",
                   "--train.compile", "false", capability=75)
     assert "cuda:0, fp16" in said and "validation loss" in said
+    assert "without CUDA graphs" not in said
 
 
 # The full network, which has more to keep for itself than for a picture.

@@ -129,7 +129,7 @@ def test_all_optimizers_step_at_the_scheduled_learning_rate(schedule, tiny_model
     applied = [[] for _ in engine.optimizers]
     for optimizer, rates in zip(engine.optimizers, applied):
         optimizer.register_step_pre_hook(
-            lambda optimizer, *_, rates=rates: rates.append(optimizer.param_groups[0]["lr"])
+            lambda optimizer, *_, rates=rates: rates.append(float(optimizer.param_groups[0]["lr"]))
         )
     list(engine.train(endless(images(4))))
     assert len(applied) == 2
