@@ -38,8 +38,14 @@ class Recording:
             work(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.answers = work(*self.inputs)
+        try:
+            with torch.cuda.graph(self.graph):
+                self.answers = work(*self.inputs)
+        except RuntimeError:
+            # In torch 2.11 the generator would wait for the end of the recording for ever.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
+            raise
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         for own, value in zip(self.inputs, inputs, strict=True):
@@ -114,6 +120,7 @@ def record(
     except RecordingError:
         raise
     except RuntimeError as error:  # of torch or the driver
-        raise RecordingError(str(error).partition("\n")[0]) from error
+        first = error.__context__ or error  # what went wrong spoils the recording's end as well
+        raise RecordingError(str(first).partition("\n")[0]) from error
     finally:
         put_back()

@@ -119,6 +119,34 @@ def test_recorded_steps_are_those_of_plain_ones(
             assert ours[name] == theirs[name]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_recorded_steps_on_the_gpu_are_those_of_plain_ones(
+    awake_model, schedule, optimizer, dtype
+):
+    """Nearly, since kernels may add up in another order."""
+    plain, recorded = (
+        TrainingEngine(
+            awake_model(dropout=0.3).cuda(), schedule().cuda(), total_steps=6, learning_rate=1e-3,
+            warmup_steps=3, class_dropout_prob=0.5, seed=5, max_skipped_steps=99,
+            optimizer=optimizer, autocast_dtype=dtype,
+        ) for _ in range(2)
+    )
+    recorded.record(*(part.cuda() for part in batch(99)))
+    for step in range(6):
+        for engine in (plain, recorded):
+            engine.train_step(*(part.cuda() for part in batch(step)))
+    ours, theirs = (engine.take_metrics() for engine in (recorded, plain))
+    for name in ("loss", "loss_quarters", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=0.02)
+    assert ours["skipped_steps"] == theirs["skipped_steps"]
+    start = torch.cat([weight.flatten() for weight in awake_model(dropout=0.3).parameters()])
+    moved = [torch.cat([weight.flatten().cpu() for weight in engine.model.parameters()]) - start
+             for engine in (recorded, plain)]
+    assert moved[1].norm() > 0 and (moved[0] - moved[1]).norm() < 0.1 * moved[1].norm()
+
+
 def test_what_is_loaded_is_not_stepped_by_a_recording_of_what_was_there(gpu, tiny_model, schedule):
     engines = [TrainingEngine(tiny_model(seed), schedule(), total_steps=3, learning_rate=1e-2)
                for seed in (0, 1)]
@@ -242,3 +270,19 @@ def test_pictures_are_drawn_without_recordings_where_there_are_none(
     recorded, _ = drawn(model, scheduler, cuda_graphs=True)
     assert torch.equal(recorded, plain)
     assert "sampling goes on without CUDA graphs (a trial did not do the same)" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recorded_pictures_on_the_gpu_are_plain_ones(awake_model, schedule, dtype, caplog):
+    model, scheduler = awake_model().cuda(), schedule().cuda()
+    labels = torch.arange(4, device="cuda")
+    pictures = [
+        SAMPLERS["ddpm"](
+            scheduler, num_inference_steps=20, guidance_scale=2.0, autocast_dtype=dtype,
+            cuda_graphs=cuda_graphs,
+        ).sample(model, labels, (3, 16, 16), range(4))
+        for cuda_graphs in (False, True)
+    ]
+    assert "without CUDA graphs" not in caplog.text
+    assert (pictures[0] - pictures[1]).abs().mean() < 0.01

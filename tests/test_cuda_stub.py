@@ -104,6 +104,39 @@ def test_no_training_step_waits(python):
     assert len(re.findall(r"none waited: .* True 7$", said, re.MULTILINE)) == 6
 
 
+FAILS = """
+import torch
+from conftest import TINY
+from conditional_diffusion import CosineNoiseScheduler, TrainingEngine, UNet
+from conditional_diffusion.cuda_graphs import RecordingError
+
+def look(module, inputs, output):
+    output.sum().item()
+
+scheduler = CosineNoiseScheduler(50).cuda()
+model = UNet(scheduler.alphas_cumprod, **TINY).cuda()
+engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3)
+batch = torch.zeros(4, 3, 16, 16, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+hook = model.stem.register_forward_hook(look)
+try:
+    engine.record(*batch)
+except RecordingError as error:
+    print("refused:", error)
+engine.train_step(*batch)
+torch.cuda.empty_cache()
+hook.remove()
+engine.record(*batch)
+engine.train_step(*batch)
+print("went on:", engine.recorded, engine.step)
+"""
+
+
+def test_a_recording_that_fails_leaves_torch_able_to_go_on(python):
+    said = python("-c", FAILS)
+    assert "refused: CUDA error: operation not permitted when stream is capturing\n" in said
+    assert "went on: True 2" in said
+
+
 def test_a_run_is_trained_continued_drawn_from_and_scored(python):
     uncompiled = [*TRAINING, "--samples", "20", "--train.compile", "false"]
     script = ROOT / "train_model.py"

@@ -20,7 +20,8 @@ static int block_count;
 static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local cudaError_t last_error;
-static int capturing;
+static int capturing, spoilt;  /* spoilt is a capture by what waits for its stream */
+static cudaStream_t captured;
 static unsigned long long captures;
 
 static size_t total(void) { return (size_t)(atof(getenv("STUB_GIB")) * (1ull << 30)); }
@@ -43,7 +44,10 @@ cudaError_t cudaPeekAtLastError(void) { return last_error; }
 cudaError_t cudaGetLastError(void) { cudaError_t e = last_error; last_error = cudaSuccess; return e; }
 const char *cudaGetErrorName(cudaError_t error) { return "error of the stub"; }
 const char *cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorMemoryAllocation ? "out of memory" : "invalid configuration argument";
+  return error == cudaErrorMemoryAllocation          ? "out of memory"
+         : error == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
+         : error == cudaErrorStreamCaptureInvalidated ? "operation failed due to a previous error during capture"
+                                                      : "invalid configuration argument";
 }
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {  /* of an H100 */
@@ -170,6 +174,11 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (!capturing || stream != captured) return cudaSuccess;
+  spoilt = 1;
+  return fail(cudaErrorStreamCaptureUnsupported);
+}
 static enum cudaStreamCaptureStatus status(void) {
   return capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
 }
@@ -188,12 +197,15 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
   capturing = 1;
+  captured = stream;
+  spoilt = 0;
   captures++;
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
   capturing = 0;
-  return new_handle(graph);
+  *graph = NULL;
+  return spoilt ? fail(cudaErrorStreamCaptureInvalidated) : new_handle(graph);
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *instance, cudaGraph_t graph,
                                  unsigned long long flags) {
