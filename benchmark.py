@@ -229,7 +229,7 @@ def kept_bytes(model: nn.Module, size: int, device, dtype: torch.dtype | None) -
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would keep its own graph for ever
 
     x_t, labels = random_batch(KEPT_IMAGES, size, device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -358,10 +358,12 @@ def compare_networks(
     training = report.time(
         {name: partial(engine.train_step, *batch) for name, engine in engines.items()}
     )
-    for name in trained:
+    for name, engine in engines.items():
+        ways = {"parts": engine.micro_batches, "recorded": engine.recorded} if (
+            device.type == "cuda") else {}
         # Backward computes two products for every one of forward.
         report.add("training step", name, training[name], images, peak=peaks[dtypes[0]],
-                   flops=3 * flops[name] * images)
+                   flops=3 * flops[name] * images, **ways)
     for name in networks:
         report.add("sampling step", name, sampling[name], images, peak=peaks[dtypes[1]],
                    flops=flops[name] * images)
@@ -425,12 +427,15 @@ def compare_sizes(report: Report, config: Config) -> None:
 
 
 def compare_processes(report: Report, config: Config) -> None:
-    """What a process pays for being one of several, the others' and the network's time apart."""
+    """What a process pays for being one of several, the others' and the network's time apart.
+
+    On CUDA both launch kernels one by one, as several do.
+    """
     torch.compiler.reset()
     images, device = config.train.batch_size, report.device
     batch = random_batch(images, config.data.image_size, device)
     engines = {name: engine_for(build_model(config, device)[0], config, device, images,
-                                recorded=False)  # which one of several cannot
+                                recorded=False)
                for name in ("alone", "in a group of one")}
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(
@@ -497,15 +502,20 @@ def time_grids(report: Report, config: Config) -> None:
     size, device = config.data.image_size, report.device
     model, scheduler = build_model(config, device)
     labels = torch.arange(GRID_PICTURES, device=device) % len(CLASS_NAMES)
-    for (sampler, steps), recorded in itertools.product(GRIDS, (True, False)):
+
+    def seconds_by(sampler: str, steps: int, recorded: bool) -> float:
         chain = SAMPLERS[sampler](
             scheduler, num_inference_steps=steps, guidance_scale=2.0,
             autocast_dtype=sampling_dtype(config, device), cuda_graphs=recorded,
         )
         draw = partial(chain.sample, model, labels, (3, size, size), range(GRID_PICTURES))
+        return seconds(draw, device)
+
+    seconds_by("ddpm", 2, False)  # loads kernels
+    for (sampler, steps), recorded in itertools.product(GRIDS, (True, False)):
         way = "" if recorded else ", without CUDA graphs"
-        report.add("grid", f"{sampler}, {steps} steps, guided{way}", [seconds(draw, device)],
-                   GRID_PICTURES)
+        report.add("grid", f"{sampler}, {steps} steps, guided{way}",
+                   [seconds_by(sampler, steps, recorded)], GRID_PICTURES)
 
 
 def compare_sampling(report: Report, config: Config) -> None:

@@ -152,7 +152,8 @@ def check_step(config: Config) -> Finding:
         training_dtype,
     )
     from conditional_diffusion import TrainingEngine
-    from training_run import missing_compiler, peak_memory_gib
+    from conditional_diffusion.cuda_graphs import RecordingError
+    from training_run import missing_compiler, peak_memory_gib, records_training
 
     try:
         device = choose_device(config)
@@ -177,6 +178,12 @@ def check_step(config: Config) -> Finding:
         sample = replace(config.sample, num_inference_steps=2, guidance_scale=1.0)
         sampler = build_sampler(replace(config, sample=sample), scheduler)
         picture = sampler.sample(model, labels[:1], (3, size, size), [0])
+        unrecorded = ""
+        if records_training(config, engine):
+            try:
+                engine.record(batch, labels)
+            except RecordingError as error:
+                unrecorded = str(error)
     except Exception as error:  # whatever goes wrong here would go wrong in training
         reason = first_line(error) or type(error).__name__
         return Finding(False, f"a training step failed: {reason}",
@@ -192,6 +199,9 @@ def check_step(config: Config) -> Finding:
         return Finding(True, f"{text}; torch.compile does not work ({problem})",
                        "training goes on without it, only slower; it needs a C compiler and "
                        "Python's headers")
+    if unrecorded:
+        return Finding(True, f"{text}; steps do not work as CUDA graphs ({unrecorded})",
+                       "training goes on without them, only slower")
     return Finding(True, text)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cuda_graphs import Recording, record
+from .cuda_graphs import Recording, RecordingError, record
 from .memory import MEMORY_ERRORS, OutOfMemory, in_parts, is_out_of_memory, logger
 from .muon import Muon, matrix_weights
 from .noise_scheduler import CosineNoiseScheduler
@@ -29,6 +29,9 @@ from .sampler import autocast, evaluating
 # Running sums since the last record, by attribute; durations are not among them.
 SUMS = ("_losses", "_counts", "_grad_norms", "_summed_steps")
 SKIPS = ("_skipped", "_skipped_in_a_row", "_most_in_a_row")
+# Of the free memory, which a recorded step keeps; validation and grids need the rest.
+RECORDED_SHARE = 0.5
+DISTURBANCE = 0.02  # standard deviation of what is added to the weights in the trial of a recording
 FP16_HALVINGS = 16  # from the scale that loss scaling starts with down to 1
 # Room on each GPU for what several processes exchange, beside one more copy of the gradients.
 NCCL_BYTES = 2**29
@@ -158,9 +161,7 @@ class TrainingEngine:
         self._draws: dict[tuple, tuple[Tensor, Tensor]] = {}  # of validations, by their shape
         self.optimizers = self._make_optimizers()
         self._share_rate()
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.autocast_dtype is torch.float16
-        )
+        self.scaler = self._make_scaler()
         # torch's AveragedModel would wait for the device at every step. It keeps requires_grad, or
         # autocast would cast its weights anew at every step of a chain.
         self.ema_model = copy.deepcopy(self.model)
@@ -169,7 +170,7 @@ class TrainingEngine:
         # What the training steps call: the model or its compiled form; once tied, inside what
         # averages its gradients over the processes.
         self.network, self.tied = self.model, False
-        self._recording: Recording | None = None  # of _take_step, see record
+        self._recording: Recording | None = None  # of a step, see record
         self._skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self._skipped_in_a_row = torch.zeros_like(self._skipped)
         self._most_in_a_row = torch.zeros_like(self._skipped)  # since the budget was last checked
@@ -196,6 +197,11 @@ class TrainingEngine:
             ))
         return optimizers + ([Muon(matrices, **options)] if matrices else [])
 
+    def _make_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(
+            self.device.type, enabled=self.autocast_dtype is torch.float16
+        )
+
     def _share_rate(self) -> None:
         """Make the learning rate of all optimizers one tensor."""
         for optimizer in self.optimizers:
@@ -215,7 +221,10 @@ class TrainingEngine:
             self._tie()
         self._rate.fill_(self.current_learning_rate)
         self._seed()
-        (self._recording or self._take_step)(x_start, class_labels)
+        if self._recording:
+            self._recording(x_start, class_labels)
+        else:
+            self._update(*self._compute_gradients_in_parts(x_start, class_labels))
         self.step += 1
         self.images_seen += len(class_labels)
         self._update_average(len(class_labels))
@@ -226,9 +235,8 @@ class TrainingEngine:
     def _seed(self) -> None:
         torch.manual_seed(step_seed(self.seed, self.step))  # dropout included, hence global
 
-    def _take_step(self, x_start: Tensor, class_labels: Tensor) -> list[Tensor]:
-        """What a GPU has to do for a step, but for the average. It answers nothing, as recorded."""
-        losses, timesteps = self._compute_gradients_in_parts(x_start, class_labels)
+    def _update(self, losses: Tensor, timesteps: Tensor) -> None:
+        """Weights, optimizers and sums by the gradients that came with these losses (b,)."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self._weights, self.grad_clip)
@@ -244,28 +252,37 @@ class TrainingEngine:
         self._skipped_in_a_row.add_(1).mul_(~finite)
         self._most_in_a_row.copy_(torch.maximum(self._most_in_a_row, self._skipped_in_a_row))
         self._add_to_sums(losses, timesteps, grad_norm, finite)
-        return []
 
     def record(self, x_start: Tensor, class_labels: Tensor) -> None:
-        """From the next step on, of batches of this shape, launch steps as one CUDA graph.
+        """Take steps, but for their average, as one CUDA graph from the next on; not for several.
 
-        Raises RecordingError, with nothing changed, unless it does what is done without it. Several
-        processes cannot.
+        All batches must then have this shape. Raises RecordingError, with nothing changed, unless
+        the graph does what is done without it.
         """
-        scaling = self.scaler.state_dict()
+        def work(x_start: Tensor, class_labels: Tensor) -> list[Tensor]:
+            self._update(*self._compute_gradients(x_start, class_labels))
+            return []
 
-        def before() -> None:
+        def prepare() -> None:
+            torch.manual_seed(step_seed(self.seed, self.step + 1))
+            # Or an untrained network would hardly have a gradient.
+            disturbance = [torch.randn_like(weight) for weight in self._weights]
+            with torch.no_grad():
+                torch._foreach_add_(self._weights, disturbance, alpha=DISTURBANCE)
             self._rate.fill_(self.learning_rate)
             if scaling:
                 self.scaler.load_state_dict(scaling | {"scale": 1.0})  # at first it is too large
-            torch.manual_seed(step_seed(self.seed, self.step + 1))
 
         self.rehearse(x_start, class_labels)  # in how many parts
+        scaling = self.scaler.state_dict()
         try:
             self._recording = record(
-                self._take_step, (x_start, class_labels),
-                (x_start.flip(-1), class_labels.roll(1)), before=before, changing=self._changing,
+                work, (x_start, class_labels), (x_start.flip(-1), class_labels.roll(1)),
+                prepare=prepare, state=self._state, memory_share=RECORDED_SHARE,
             )
+        except RecordingError:
+            self.scaler = self._make_scaler()  # which may be between two of its calls
+            raise
         finally:
             self.model.zero_grad()
             self.scaler.load_state_dict(scaling)
@@ -274,11 +291,11 @@ class TrainingEngine:
     def recorded(self) -> bool:
         return self._recording is not None
 
-    def _changing(self) -> dict[str, list[Tensor]]:
-        """The tensors that steps change, by kind."""
+    def _state(self) -> dict[str, list[Tensor]]:
+        """The tensors that steps change, by kind, but for the average."""
         kinds = {name: [getattr(self, name)] for name in (*SUMS, *SKIPS, "_rate")}
-        kinds["weights"] = self._weights
         for optimizer in self.optimizers:
+            kinds[type(optimizer).__name__] = optimizer.param_groups[0]["params"]
             for moments in optimizer.state.values():
                 for name, value in moments.items():
                     kinds.setdefault(name, []).append(value)

@@ -222,6 +222,23 @@ def test_training_goes_on_where_the_compiler_fails(call, monkeypatch):
     assert_identical(found["model"], plain["model"])
 
 
+def test_training_goes_on_where_a_step_cannot_be_recorded(call, monkeypatch):
+    """And ends where it would have ended without trying."""
+    arguments = ["--full", *PICTOGRAMS, "--samples", 2, "--epochs", 1]
+    call(train_model, *arguments)
+    plain = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
+    records_training = training_run.records_training
+    monkeypatch.setattr(training_run, "records_training", lambda config, engine: records_training(
+        config, SimpleNamespace(device=torch.device("cuda"), processes=engine.processes)
+    ))
+    said = call(train_model, *arguments, "--fresh")[1]
+    assert "training goes on without CUDA graphs (" in said
+    found = load_newest([Path("checkpoints")], warn=pytest.fail)[1]
+    assert_identical(found["model"], plain["model"])
+    said = call(train_model, *arguments, "--fresh", "--train.cuda_graphs", "false")[1]
+    assert "CUDA graphs" not in said
+
+
 def test_compiled_network_takes_the_training_steps_and_no_others(call, monkeypatch):
     calls = []
 

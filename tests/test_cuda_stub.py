@@ -108,33 +108,50 @@ FAILS = """
 import torch
 from conftest import TINY
 from conditional_diffusion import CosineNoiseScheduler, TrainingEngine, UNet
-from conditional_diffusion.cuda_graphs import RecordingError
+from conditional_diffusion.cuda_graphs import Recording, RecordingError
 
-def look(module, inputs, output):
+def waiting(module, inputs, output):
     output.sum().item()
 
+def waiting_unnoticed(module, inputs, output):
+    if torch.cuda.is_current_stream_capturing():
+        output.sum().item()
+
+def out_of_memory(module, inputs, output):
+    if torch.cuda.is_current_stream_capturing():
+        torch.empty(2**40, device="cuda")
+
 scheduler = CosineNoiseScheduler(50).cuda()
-model = UNet(scheduler.alphas_cumprod, **TINY).cuda()
-engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3)
+earlier = Recording(lambda: [torch.rand(4, device="cuda")], [])
 batch = torch.zeros(4, 3, 16, 16, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
-hook = model.stem.register_forward_hook(look)
-try:
+for look in (waiting, waiting_unnoticed, out_of_memory):
+    model = UNet(scheduler.alphas_cumprod, **TINY).cuda()
+    engine = TrainingEngine(model, scheduler, total_steps=9, learning_rate=1e-3,
+                            autocast_dtype=torch.float16)
+    hook = model.stem.register_forward_hook(look)
+    try:
+        engine.record(*batch)
+    except RecordingError as error:
+        print(f"{look.__name__}: {error}.")
+    engine.train_step(*batch)
+    hook.remove()
     engine.record(*batch)
-except RecordingError as error:
-    print("refused:", error)
-engine.train_step(*batch)
-torch.cuda.empty_cache()
-hook.remove()
-engine.record(*batch)
-engine.train_step(*batch)
-print("went on:", engine.recorded, engine.step)
+    engine.train_step(*batch)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.manual_seed(7)
+    earlier()
+    assert earlier.random.initial_seed() == 7
+    print("went on:", engine.recorded, engine.step)
 """
 
 
 def test_a_recording_that_fails_leaves_torch_able_to_go_on(python):
-    said = python("-c", FAILS)
-    assert "refused: CUDA error: operation not permitted when stream is capturing\n" in said
-    assert "went on: True 2" in said
+    said = python("-W", "error::UserWarning", "-c", FAILS)
+    assert "waiting: called a synchronizing CUDA operation." in said
+    spoilt = "waiting_unnoticed: CUDA error: operation not permitted when stream is capturing."
+    assert spoilt in said
+    assert "out_of_memory: CUDA out of memory." in said
+    assert said.count("went on: True 2") == 3
 
 
 def test_a_run_is_trained_continued_drawn_from_and_scored(python):

@@ -14,7 +14,8 @@ import torch
 from conftest import TINY_FLAGS
 
 import doctor
-from conditional_diffusion import UNet, memory
+from conditional_diffusion import TrainingEngine, UNet, memory
+from conditional_diffusion.cuda_graphs import RecordingError
 from config import CLASS_NAMES
 from gpu_status import Facts
 
@@ -192,6 +193,17 @@ def test_a_compiler_that_does_not_work_is_noted(lines, monkeypatch):
     status, found = lines("--train.compile", "true")
     assert status == 0 and found["training"].startswith("note")
     assert "torch.compile does not work (Failed to find C compiler). Cure: " in found["training"]
+
+
+def test_steps_that_are_no_cuda_graphs_are_noted(lines, monkeypatch):
+    def record(engine, x_start, class_labels):
+        raise RecordingError("a trial did not do the same")
+
+    monkeypatch.setattr("training_run.records_training", lambda config, engine: True)
+    monkeypatch.setattr(TrainingEngine, "record", record)
+    status, found = lines()
+    assert status == 0 and found["training"].startswith("note")
+    assert "CUDA graphs (a trial did not do the same). Cure: training goes on" in found["training"]
 
 
 def test_commands_stand_on_lines_of_their_own(capsys):
