@@ -142,14 +142,16 @@ def record(
 
     originals = copies()
     try:
-        expected = tried(work)
         torch.cuda.empty_cache()
-        free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
-        recording = Recording(work, inputs)
-        put_back()
+        free, _ = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        expected = tried(work)
         taken = torch.cuda.memory_reserved() - reserved
+        torch.cuda.empty_cache()
         if taken > memory_share * free:
             raise RecordingError(f"{taken / 2**30:.1f} GiB would be for that alone")
+        recording = Recording(work, inputs)
+        put_back()
         found = tried(recording)
         if not all(map(are_same, found, expected)):
             noise = [NOISE * (again - vector).nan_to_num(0.0, 0.0, 0.0).norm()

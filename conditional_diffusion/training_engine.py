@@ -552,7 +552,7 @@ class TrainingEngine:
         All processes have to ask for it together; the leader's is the one that counts for all.
         """
         losses, counts = self._sums_of_all()
-        own = {name: getattr(self, name) for name in SUMS}
+        own = {name: getattr(self, name).clone() for name in SUMS}  # they go back to zero
         return {
             "step": self.step,
             "images_seen": self.images_seen,
