@@ -204,7 +204,7 @@ class TrainConfig(Section):
     )
     cuda_graphs: bool = option(
         True, "with one GPU launch a training step as one CUDA graph, if a trial of it does what "
-        "is done without; on fast GPUs several times faster"
+        "is done without; a fast GPU then need not wait for the host"
     )
     deterministic: bool = option(
         False, "the same weights bit for bit from the same seed on CUDA too, as always on a CPU; "
