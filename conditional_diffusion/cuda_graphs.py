@@ -42,7 +42,7 @@ def waiting_forbidden() -> Iterator[None]:
 
 
 class Recording:
-    """work(*inputs) as a CUDA graph; a call launches it on inputs of the same shapes.
+    """work(*inputs) as a CUDA graph of the current GPU; a call launches it on inputs like these.
 
     Whatever else the work reads or changes has to stay where it is. The answers lie in one place,
     where the next call writes over them. Random numbers are those that the plain work would draw
