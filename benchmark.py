@@ -55,13 +55,7 @@ from data import Split, TrainingBatches, to_images, to_x_start
 from gpu_status import first_line
 from peers import PEERS
 from run_directory import write_json
-from training_run import (
-    compile_training,
-    missing_compiler,
-    peak_memory_gib,
-    record_training,
-    records_training,
-)
+from training_run import compile_training, missing_compiler, peak_memory_gib, record_training
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 BURN_IN = 2  # rounds that are not counted
@@ -260,8 +254,8 @@ def engine_for(
     )
     if switched_on(config.train.compile, device):
         compile_training(engine, random_batch(images, config.data.image_size, device))
-    if recorded and records_training(config, engine):
-        record_training(engine, random_batch(images, config.data.image_size, device))
+    if recorded:
+        record_training(config, engine, random_batch(images, config.data.image_size, device))
     return engine
 
 
@@ -478,8 +472,7 @@ def time_training(report: Report, name: str, config: Config, images: int) -> Non
     torch.cuda.reset_peak_memory_stats(device)  # compiling, and running out of memory, raised it
     work()
     memory = round(peak_memory_gib(device), 2)
-    if records_training(config, engine):
-        record_training(engine, batch)
+    record_training(config, engine, batch)
     report.add("training step", name, report.time({name: work})[name], images,
                flops=flops, peak=peak, peak_GiB=memory, parts=engine.micro_batches,
                network_compiled=engine.network is not engine.model, recorded=engine.recorded)

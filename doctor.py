@@ -152,8 +152,7 @@ def check_step(config: Config) -> Finding:
         training_dtype,
     )
     from conditional_diffusion import TrainingEngine
-    from conditional_diffusion.cuda_graphs import RecordingError
-    from training_run import missing_compiler, peak_memory_gib, records_training
+    from training_run import missing_compiler, peak_memory_gib, recording_problem
 
     try:
         device = choose_device(config)
@@ -178,12 +177,7 @@ def check_step(config: Config) -> Finding:
         sample = replace(config.sample, num_inference_steps=2, guidance_scale=1.0)
         sampler = build_sampler(replace(config, sample=sample), scheduler)
         picture = sampler.sample(model, labels[:1], (3, size, size), [0])
-        unrecorded = ""
-        if records_training(config, engine):
-            try:
-                engine.record(batch, labels)
-            except RecordingError as error:
-                unrecorded = str(error)
+        unrecorded = recording_problem(config, engine, (batch, labels))
     except Exception as error:  # whatever goes wrong here would go wrong in training
         reason = first_line(error) or type(error).__name__
         return Finding(False, f"a training step failed: {reason}",

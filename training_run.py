@@ -93,12 +93,23 @@ def records_training(config: Config, engine: TrainingEngine) -> bool:
     return config.train.cuda_graphs and on_cuda and not engine.processes.several
 
 
-def record_training(engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
-    """Make the training step a CUDA graph, or say why not."""
+def recording_problem(
+    config: Config, engine: TrainingEngine, batch: tuple[Tensor, Tensor]
+) -> str:
+    """Make the training step a CUDA graph where one is wanted; what stops it, in one line."""
+    if not records_training(config, engine):
+        return ""
     try:
         engine.record(*batch)
     except RecordingError as error:
-        say(f"training goes on without CUDA graphs ({str(error)[:200]})")
+        return str(error)[:200]
+    return ""
+
+
+def record_training(config: Config, engine: TrainingEngine, batch: tuple[Tensor, Tensor]) -> None:
+    """Make the training step a CUDA graph where one is wanted, or say why not."""
+    if problem := recording_problem(config, engine, batch):
+        say(f"training goes on without CUDA graphs ({problem})")
 
 
 class Run:
@@ -328,8 +339,7 @@ class Run:
             first = next(self.batches.starting_at(engine.step))
             if switched_on(train.compile, self.device):
                 compile_training(engine, first)
-            if records_training(self.config, engine):
-                record_training(engine, first)
+            record_training(self.config, engine, first)
             if self.processes.several and engine.network is engine.model:
                 engine.rehearse(*first)
         for step in engine.train(self.batches.starting_at(engine.step)):

@@ -95,67 +95,79 @@ def are_same(found: Tensor, expected: Tensor, allowed: Tensor | float = 0.0) -> 
     return bool((found - expected).norm() <= allowed)
 
 
+class Trial:
+    """Tries work on some inputs and puts back what that changes.
+
+    Args:
+        prepare: called before; sets what the work reads beside its inputs.
+        state: the tensors that `prepare` and the work change in place, by kind; those that the work
+            makes at its first call begin at zero.
+    """
+
+    def __init__(self, inputs: Tensors, prepare: Callable[[], None],
+                 state: Callable[[], dict[str, Tensors]]):
+        self.inputs, self.prepare, self.state = inputs, prepare, state
+        self.originals = self._copies()
+
+    def _copies(self) -> dict[int, Tensor]:
+        return {id(tensor): tensor.detach().clone()
+                for kind in self.state().values() for tensor in kind}
+
+    def of(self, work: Callable[..., Tensors]) -> list[Tensor]:
+        """The answers, and the changes of each kind, as vectors."""
+        self.prepare()
+        before = self._copies()
+        kinds = [work(*self.inputs), *self.state().values()]
+        vectors = [
+            torch.cat([(tensor.detach() - before.get(id(tensor), 0)).flatten().float()
+                       for tensor in kind]) for kind in kinds if kind
+        ]
+        self.put_back()
+        return vectors
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for kind in self.state().values():
+            for tensor in kind:
+                if id(tensor) in self.originals:
+                    tensor.copy_(self.originals[id(tensor)])
+                else:
+                    tensor.zero_()
+
+
 def record(
     work: Callable[..., Tensors],
     inputs: Tensors,
-    trial: Tensors,
+    trial_inputs: Tensors,
     *,
     prepare: Callable[[], None] = lambda: None,
     state: Callable[[], dict[str, Tensors]] = dict,
     memory_share: float = 1.0,
 ) -> Recording:
-    """A recording of the work, made on `inputs`, that does on `trial` what the work itself does.
+    """A recording of the work, made on `inputs`, that does in a Trial what the work itself does.
 
     Raises RecordingError if there is none. Nothing is changed either way.
 
     Args:
-        trial: other inputs of the same shapes, so that nothing of the first ones goes unnoticed.
-        prepare: called before each trial; sets what the work reads beside its inputs.
-        state: the tensors that `prepare` and the work change in place, by kind; those that the work
-            makes at its first call begin at zero.
+        trial_inputs: of the same shapes, but others, so that nothing of the first goes unnoticed.
         memory_share: of the GPU's free memory, which the recording may keep for itself.
     """
-    def copies() -> dict[int, Tensor]:
-        return {id(tensor): tensor.detach().clone()
-                for kind in state().values() for tensor in kind}
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for kind in state().values():
-            for tensor in kind:
-                if id(tensor) in originals:
-                    tensor.copy_(originals[id(tensor)])
-                else:
-                    tensor.zero_()
-
-    def tried(work: Callable[..., Tensors]) -> list[Tensor]:
-        """The answers and the changes of each kind, as vectors."""
-        prepare()
-        before = copies()
-        kinds = [work(*trial), *state().values()]
-        vectors = [
-            torch.cat([(tensor.detach() - before.get(id(tensor), 0)).flatten().float()
-                       for tensor in kind]) for kind in kinds if kind
-        ]
-        put_back()
-        return vectors
-
-    originals = copies()
+    trial = Trial(trial_inputs, prepare, state)
     try:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
-        expected = tried(work)
+        expected = trial.of(work)
         taken = torch.cuda.memory_reserved() - reserved
         torch.cuda.empty_cache()
         if taken > memory_share * free:
             raise RecordingError(f"{taken / 2**30:.1f} GiB would be for that alone")
         recording = Recording(work, inputs)
-        put_back()
-        found = tried(recording)
+        trial.put_back()
+        found = trial.of(recording)
         if not all(map(are_same, found, expected)):
             noise = [NOISE * (again - vector).nan_to_num(0.0, 0.0, 0.0).norm()
-                     for again, vector in zip(tried(work), expected)]
+                     for again, vector in zip(trial.of(work), expected)]
             if not all(map(are_same, found, expected, noise)):
                 raise RecordingError("a trial did not do the same")
         return recording
@@ -163,7 +175,7 @@ def record(
         raise
     except Exception as error:  # torch's, the driver's, a compiler's: of any kind
         # What went wrong first spoils the recording's end as well.
-        reason = str(error.__context__ or error).partition("\n")[0]
+        reason = str(error.__context__ or error).partition("\n")[0] or type(error).__name__
         raise RecordingError(reason) from error
     finally:
-        put_back()
+        trial.put_back()
